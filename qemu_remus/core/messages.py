@@ -1,0 +1,249 @@
+"""What the two controllers say to each other, as data. How it looks in bytes is :mod:`qemu_remus.core.wire`'s business.
+
+One link, in order::
+
+    P -> S  Hello                            S -> P  Hello          (each side computes the same verdict)
+    P -> S  SyncBegin                        S -> P  SyncReady      (full sync only: what each target was)
+    P -> S  SyncExtents ... SyncFlush        S -> P  SyncFlushed    (straight into the images; they are fsynced)
+    P -> S  EpochBegin EpochExtents ... EpochEnd(commit=...)
+                                             S -> P  EpochStaged, or Committed where EpochEnd said commit
+    P -> S  CommitEpoch                      S -> P  Committed
+    P -> S  AbortEpoch                       S -> P  EpochAborted
+    either  Heartbeat, Goodbye               S -> P  EpochRefused   (the epoch is dropped there; the link stays)
+
+``EpochEnd(commit=True)`` is the interval mode's way: one durable write stages and commits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qemu_remus.core.errors import RefusalCode
+from qemu_remus.core.extents import Extent
+from qemu_remus.core.model import Base, DiskSpec, DiskState, EpochNumber, Generation, InstanceId, PairName, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who I am and what I hold; the first message in each direction.
+
+    :param session: counts this instance's connections, from 1; a newer one fences an older one of the same instance.
+    :param generation: None where nothing has been synchronised yet.
+    :param disks: of the primary: all disks to protect, in the order that extents refer to.
+        Of the secondary: the disks it has targets for (size 0 where the size is not known yet).
+    :param committed: the last committed checkpoint; of the primary: the last one that it knows of.
+    :param staged: secondary: an epoch that is staged and not committed.
+    :param highest_epoch: the highest epoch number that this side has seen in this generation.
+    :param disk_state: what this side's disks hold.
+    """
+
+    pair: PairName
+    role: Role
+    instance: InstanceId
+    session: int
+    generation: Generation | None
+    disks: tuple[DiskSpec, ...]
+    committed: Base
+    staged: Base
+    highest_epoch: int
+    disk_state: DiskState
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """I am here. Sent by both sides at a third of the time-out; the numbers are for the other side's status report.
+
+    :param backlog: secondary: bytes that are committed and not applied.
+    """
+
+    captured: Base = None
+    staged: Base = None
+    committed: Base = None
+    applied: Base = None
+    backlog: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The last message before its sender closes the connection.
+
+    :param text: one to three sentences for a person, at most 4,096 bytes of UTF-8.
+    """
+
+    code: RefusalCode
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SyncBegin:
+    """A full sync starts; the secondary is inconsistent from its answer on until the first commit.
+
+    :param generation: the history that begins here.
+    :param disks: with their sizes.
+    """
+
+    generation: Generation
+    disks: tuple[DiskSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReady:
+    """The targets are there.
+
+    :param fresh: for each disk: the secondary created the target, empty, in this attempt, so that zeroes need not be
+        sent.
+    """
+
+    fresh: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncExtents:
+    """Contents for the images themselves.
+
+    :param extents: in the order of their data in ``data``.
+    :param data: the contents of all extents that are not zero, one after the other.
+    """
+
+    extents: tuple[Extent, ...]
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class SyncFlush:
+    """Make durable all that this sync has sent so far, and answer with the token."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class SyncFlushed:
+    """All extents before the flush of this token are on stable storage."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochBegin:
+    """An epoch's extents follow; it applies to a committed checkpoint c with base <= c < epoch.
+
+    :param base: None: it completes a full sync that was flushed on this link.
+    """
+
+    epoch: EpochNumber
+    base: Base
+
+
+@dataclass(frozen=True, slots=True)
+class EpochExtents:
+    """Part of an epoch, in the form of :class:`SyncExtents`."""
+
+    epoch: EpochNumber
+    extents: tuple[Extent, ...]
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class EpochEnd:
+    """The epoch is complete.
+
+    :param extents: number of extents sent.
+    :param payload: bytes of data sent.
+    :param digest: CRC32C over the payloads of all its EpochExtents frames, chained in order (0 where there are none).
+    :param commit: commit at once; from the sending of this on, the epoch is in doubt until it is answered.
+    """
+
+    epoch: EpochNumber
+    extents: int
+    payload: int
+    digest: int
+    commit: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EpochStaged:
+    """Every extent of the epoch is durable in the journal."""
+
+    epoch: EpochNumber
+
+
+@dataclass(frozen=True, slots=True)
+class CommitEpoch:
+    """Checkpoint N counts: decide so durably. Repeating it is answered from the state."""
+
+    epoch: EpochNumber
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The decision that checkpoint N counts is durable."""
+
+    epoch: EpochNumber
+
+
+@dataclass(frozen=True, slots=True)
+class AbortEpoch:
+    """Drop the epoch, staged or not; never sent after its commit was."""
+
+    epoch: EpochNumber
+
+
+@dataclass(frozen=True, slots=True)
+class EpochAborted:
+    """Nothing of the epoch is left."""
+
+    epoch: EpochNumber
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRefused:
+    """The epoch cannot be staged and was dropped; its remaining frames are ignored, the link stays.
+
+    :param text: one to three sentences for a person, at most 4,096 bytes of UTF-8.
+    """
+
+    epoch: EpochNumber
+    code: RefusalCode
+    text: str
+
+
+Message = (
+    Hello
+    | Heartbeat
+    | Goodbye
+    | SyncBegin
+    | SyncReady
+    | SyncExtents
+    | SyncFlush
+    | SyncFlushed
+    | EpochBegin
+    | EpochExtents
+    | EpochEnd
+    | EpochStaged
+    | CommitEpoch
+    | Committed
+    | AbortEpoch
+    | EpochAborted
+    | EpochRefused
+)
+
+__all__ = [
+    "AbortEpoch",
+    "CommitEpoch",
+    "Committed",
+    "EpochAborted",
+    "EpochBegin",
+    "EpochEnd",
+    "EpochExtents",
+    "EpochRefused",
+    "EpochStaged",
+    "Goodbye",
+    "Heartbeat",
+    "Hello",
+    "Message",
+    "SyncBegin",
+    "SyncExtents",
+    "SyncFlush",
+    "SyncFlushed",
+    "SyncReady",
+]

@@ -1,0 +1,1 @@
+"""The only package that touches the secondary's (and the primary's own) state on disk."""
