@@ -48,7 +48,9 @@ outcome that is unknown is a class of its own.
      |    +-- FormatError           bytes on disk that are not what we wrote
      |         +-- JournalDamaged
      |         +-- SuperblockDamaged
+     +-- ControlUnreachable         no control socket, nobody listening, not a controller, or the connection is gone
      +-- ControlError               an answer of the control socket; ``qmp_class`` names it there
+          +-- CommandNotFound
           +-- NotProtected
           +-- NotConsistent
           +-- CommitInDoubt
@@ -67,9 +69,11 @@ __all__ = [
     "CheckpointVoid",
     "CommandFailed",
     "CommandInDoubt",
+    "CommandNotFound",
     "CommitInDoubt",
     "ConfigError",
     "ControlError",
+    "ControlUnreachable",
     "DiskUnsupported",
     "EpochLost",
     "FleeceTooSmall",
@@ -355,6 +359,12 @@ class SuperblockDamaged(FormatError):
     """The superblock cannot be read."""
 
 
+class ControlUnreachable(QemuRemusError):
+    """No control socket there, nobody listening on it, not a controller of ours, or the connection is gone."""
+
+    transient = True
+
+
 class ControlError(QemuRemusError):
     """An answer of the control socket.
 
@@ -362,6 +372,12 @@ class ControlError(QemuRemusError):
     """
 
     qmp_class: ClassVar[str] = "GenericError"
+
+
+class CommandNotFound(ControlError):
+    """This controller does not have the command."""
+
+    qmp_class = "CommandNotFound"
 
 
 class NotProtected(ControlError):
