@@ -35,6 +35,8 @@ class Hello:
     :param staged: secondary: an epoch that is staged and not committed.
     :param highest_epoch: the highest epoch number that this side has seen in this generation.
     :param disk_state: what this side's disks hold.
+    :param history: the generations of this side that have ended, oldest first, each with the checkpoint at which it
+        did; the newest 32 travel.
     """
 
     pair: PairName
@@ -47,6 +49,7 @@ class Hello:
     staged: Base
     highest_epoch: int
     disk_state: DiskState
+    history: tuple[tuple[Generation, EpochNumber], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
