@@ -153,7 +153,7 @@ def test_arming_again_moves_the_deadline_and_disarming_takes_it_away() -> None:
 @pytest.mark.parametrize("message", [b"", b"arm", b"arm x", b"hello 1"])
 def test_a_message_of_nobody_changes_nothing(message: bytes) -> None:
     watch = Watch(5.0)
-    with pytest.raises(ValueError, match="not a message|to float"):
+    with pytest.raises(ValueError, match=r"not a message|to float"):
         watch.receive(message, now=1.0)
     assert watch.deadline == 5.0
 
