@@ -1,12 +1,12 @@
 """The primary's decisions as a pure machine: ``step(state, event) -> (state, effects)``.
 
-It owns the order of things on the primary: when to connect, to track, to copy, to capture a checkpoint, to end an epoch,
-to commit it, and what becomes of its bitmap when anything fails.  What may not enter: I/O, clocks, randomness, and how
-QEMU or the wire spell any of it.  New generations come in with events, because a pure machine cannot make them.
+It owns the order of things on the primary: when to connect, to track, to copy, to capture a checkpoint, to end an
+epoch, to commit it, and what becomes of its bitmap when anything fails.  What may not enter: I/O, clocks, randomness,
+and how QEMU or the wire spell any of it.  New generations come in with events, because a pure machine cannot make them.
 
 Effects marked *work* take long; at most one is under way, and its end is an event (``Captured``, ``WorkFailed``, ...).
-The others are done at once, in order.  Whatever happens, every changed block stays in a bitmap that is either recording,
-finished, or being merged: a bitmap is removed only after ``Committed`` for its epoch.
+The others are done at once, in order.  Whatever happens, every changed block stays in a bitmap that is either
+recording, finished, or being merged: a bitmap is removed only after ``Committed`` for its epoch.
 """
 
 from __future__ import annotations
@@ -66,6 +66,15 @@ WORKING = frozenset(
 """Phases in which a piece of work is under way."""
 
 SYNCING = frozenset({Phase.RENEWING, Phase.SYNC_BEGIN, Phase.SYNC_COPY, Phase.SYNC_FLUSH})
+LASTING = frozenset(RefusalCode) - {
+    RefusalCode.FENCED,
+    RefusalCode.STORAGE_FAILED,
+    RefusalCode.NO_SPACE,
+    RefusalCode.PROTOCOL,
+    RefusalCode.SHUTTING_DOWN,
+}
+"""Refusals that nobody but an operator can lift: there is no use in connecting again."""
+
 IN_EPOCH = frozenset({Phase.CAPTURE, Phase.TRANSFER, Phase.STAGE, Phase.STAGED, Phase.COMMIT})
 
 
@@ -93,6 +102,7 @@ class PrimaryState:
     :param linked: the handshake of the present link is done.
     :param synced: a full sync was flushed on this link and is not committed yet.
     :param refused: the secondary has refused the epoch under way and ignores the rest of it.
+    :param refusal: the secondary has refused this pair for good; the machine ends as soon as its epoch is merged back.
     :param failures: epochs lost in a row while the link was up.
     :param reason: why the VM is not protected; empty while it is.
     """
@@ -116,6 +126,7 @@ class PrimaryState:
     protected: bool = False
     stopping: bool = False
     refused: bool = False
+    refusal: m.Goodbye | None = None
     failures: int = 0
     reason: str = "not started yet"
 
@@ -143,6 +154,13 @@ class LinkUp:
     ours: m.Hello
     theirs: m.Hello
     generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRefused:
+    """The secondary said goodbye instead of hello."""
+
+    goodbye: m.Goodbye
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +245,7 @@ class StopDeadline:
 Event = (
     Attached
     | LinkUp
+    | LinkRefused
     | LinkDown
     | FromPeer
     | TrackingStarted
@@ -335,10 +354,13 @@ class CancelWork:
 class Stop:
     """The machine has ended.
 
-    :param refusal: why, where it is not because somebody asked.
+    :param refusal: the two sides do not replicate.
+    :param goodbye: the secondary refused.
+    :param reason: why, where it is neither a refusal nor because somebody asked.
     """
 
     refusal: Refusal | None = None
+    goodbye: m.Goodbye | None = None
     reason: str = ""
 
 
@@ -454,7 +476,7 @@ def _stopped(state: PrimaryState, refusal: Refusal | None = None, reason: str = 
     code = refusal.code if refusal is not None else RefusalCode.SHUTTING_DOWN
     goodbye = (Disconnect(code, text),) if state.linked or refusal is not None else ()
     ended = replace(state, phase=Phase.STOPPED, linked=False, protected=False, reason=text)
-    return ended, (*goodbye, SaveState(), Stop(refusal, reason))
+    return ended, (*goodbye, SaveState(), Stop(refusal, state.refusal, reason))
 
 
 def _merge(state: PrimaryState, reason: str, *, count: bool = True) -> Step:
@@ -504,8 +526,10 @@ def _(event: LinkUp, state: PrimaryState) -> Step:
         return idle, (SaveState(), *effects)
     if isinstance(verdict, InitialSync) or (isinstance(verdict, NeedsFullSync) and state.allow_full_resync):
         return _begin_sync(replace(state, linked=True), event.generation)
-    if isinstance(verdict, Refusal):
+    if isinstance(verdict, Refusal) and verdict.code in LASTING:
         return _stopped(state, verdict)
+    if isinstance(verdict, Refusal):
+        return _wait_for_link(replace(state, reason=verdict.diagnosis.what))
     raise InternalError(f"no way to act on the verdict {verdict!r}")
 
 
@@ -525,6 +549,14 @@ def _begin_sync(state: PrimaryState, generation: Generation) -> Step:
     recording = Recording(generation, None, _next_epoch(state))
     state = replace(state, recording=recording, highest=recording.epoch)
     return state, (SaveState(), StartTracking(recording))
+
+
+@_on.register
+def _(event: LinkRefused, state: PrimaryState) -> Step:
+    state = replace(state, reason=event.goodbye.text)
+    if state.phase is Phase.WAITING and event.goodbye.code in LASTING:
+        return _stopped(replace(state, refusal=event.goodbye))
+    return state, ()
 
 
 @_on.register
@@ -625,7 +657,7 @@ def _(event: BitmapRemoved, state: PrimaryState) -> Step:
 def _(event: WorkFailed, state: PrimaryState) -> Step:
     _expect(state, event, *WORKING)
     if event.fatal or state.phase in {Phase.ADOPTING, Phase.RENEWING, Phase.MERGE, Phase.RETIRE}:
-        return _stopped(state, None, event.reason)
+        return _stopped(state, reason=event.reason)
     if state.phase is Phase.SYNC_COPY:
         goodbye = (Disconnect(RefusalCode.SHUTTING_DOWN, event.reason),) if state.linked else ()
         waiting, effects = _wait_for_link(replace(state, reason=event.reason if state.linked else state.reason))
@@ -675,8 +707,9 @@ def _from_peer(message: object, state: PrimaryState) -> Step:
 
 @_from_peer.register
 def _(message: m.Goodbye, state: PrimaryState) -> Step:
-    down, effects = _on(LinkDown(message.text), state)
-    return down, effects
+    if message.code in LASTING:
+        state = replace(state, refusal=message, stopping=True)
+    return _on(LinkDown(message.text), state)
 
 
 @_from_peer.register
