@@ -1,0 +1,312 @@
+"""The QMP commands that we use, one builder for each: the only place where QMP argument names are spelled.
+
+Pure: values in, :class:`Command` or :class:`Action` out.  What order they are sent in, and what is done when one fails,
+is decided elsewhere.  The tests validate every builder's output against the captured schemas in ``qmp_schemas/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from qemu_remus.core.model import BitmapName, NodeName, QdevPath
+
+BITMAP_GRANULARITIES: Final = tuple(1 << shift for shift in range(9, 32))
+"""What QEMU accepts for a dirty bitmap, in bytes: powers of two from 512 up to 2 GiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One QMP command, ready to be sent.
+
+    :param name: its QMP name.
+    :param arguments: JSON values by QMP argument name.
+    :param changes_state: False for queries: if their reply is lost they can simply be asked again.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    changes_state: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One step of a ``transaction``.
+
+    :param type: the action's QMP name.
+    :param data: its arguments.
+    """
+
+    type: str
+    data: Mapping[str, Any]
+
+    def as_command(self) -> Command:
+        """The same step as a command of its own; QMP spells the two alike."""
+        return Command(self.type, self.data, changes_state=True)
+
+
+class OnCbwError(StrEnum):
+    """What a ``copy-before-write`` filter gives up when its target fails: the guest's write, or its own snapshot."""
+
+    BREAK_GUEST_WRITE = "break-guest-write"
+    BREAK_SNAPSHOT = "break-snapshot"
+
+
+class ExportDelMode(StrEnum):
+    """``block-export-del``: refuse while a client is connected, or cut it off."""
+
+    SAFE = "safe"
+    HARD = "hard"
+
+
+def _query(name: str, **arguments: Any) -> Command:
+    return Command(name, arguments, changes_state=False)
+
+
+def _change(name: str, arguments: Mapping[str, Any]) -> Command:
+    return Command(name, arguments, changes_state=True)
+
+
+# --- the session and the VM
+
+
+def qmp_capabilities() -> Command:
+    """Leave negotiation mode; no out-of-band execution."""
+    return _change("qmp_capabilities", {})
+
+
+def query_version() -> Command:
+    return _query("query-version")
+
+
+def query_qmp_schema() -> Command:
+    return _query("query-qmp-schema")
+
+
+def query_status() -> Command:
+    return _query("query-status")
+
+
+def query_current_machine() -> Command:
+    return _query("query-current-machine")
+
+
+def stop() -> Command:
+    """Pause the VM; QEMU flushes its images before it answers."""
+    return _change("stop", {})
+
+
+def cont() -> Command:
+    """Resume the VM."""
+    return _change("cont", {})
+
+
+# --- the device tree
+
+
+def qom_get(path: str, prop: str) -> Command:
+    return _query("qom-get", path=path, property=prop)
+
+
+def qom_list(path: str) -> Command:
+    return _query("qom-list", path=path)
+
+
+def qom_set_drive(qdev: QdevPath, node: NodeName) -> Command:
+    """Put ``node`` under a device while it lives.
+
+    Never with the node that the device has already: that aborts QEMU (an assertion in every version up to 10.2).
+
+    :param qdev: as ``query-block`` names it, an absolute path; a bare id is taken to be below ``/machine/peripheral``.
+    """
+    return _change("qom-set", {"path": qom_path(qdev), "property": "drive", "value": node})
+
+
+def qom_path(qdev: str) -> str:
+    """The absolute QOM path of a ``qdev`` of ``query-block``, which may be a bare id of ``-device``."""
+    return qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+
+
+# --- the block graph
+
+
+def query_block() -> Command:
+    return _query("query-block")
+
+
+def query_named_block_nodes() -> Command:
+    """All nodes with their bitmaps, without the trees below them (``flat``)."""
+    return _query("query-named-block-nodes", flat=True)
+
+
+def query_block_jobs() -> Command:
+    return _query("query-block-jobs")
+
+
+def query_jobs() -> Command:
+    return _query("query-jobs")
+
+
+def job_cancel(job: str) -> Command:
+    return _change("job-cancel", {"id": job})
+
+
+def blockdev_add_file(node: NodeName, filename: str) -> Command:
+    """A fleece: scratch space in a file, so neither flushed nor kept from shrinking.
+
+    :param filename: absolute, on the machine where QEMU runs; the file must be there and have its full size.
+    """
+    return _change(
+        "blockdev-add",
+        {
+            "driver": "file",
+            "node-name": node,
+            "filename": filename,
+            "discard": "unmap",
+            "cache": {"no-flush": True},
+            # Ours alone and soon unlinked; a lock would only make QEMU refuse where OFD locks do not work.
+            "locking": "off",
+        },
+    )
+
+
+def blockdev_add_filter(
+    node: NodeName,
+    *,
+    disk: NodeName,
+    target: NodeName,
+    bitmap: BitmapName | None,
+    on_cbw_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT,
+    cbw_timeout: int | None = None,
+) -> Command:
+    """A replication filter over ``disk``.
+
+    :param disk: the node that the guest's device has.
+    :param target: the fleece, at least as long as the disk.
+    :param bitmap: of ``disk``; only what it marks is copied, and only that can be read from the snapshot.
+    :param cbw_timeout: whole seconds after which a copy counts as failed; None where the schema lacks it.
+    """
+    arguments: dict[str, Any] = {
+        "driver": "copy-before-write",
+        "node-name": node,
+        "file": disk,
+        "target": target,
+        "on-cbw-error": on_cbw_error.value,
+        # Without it the filter swallows the guest's discards.
+        "discard": "unmap",
+    }
+    if bitmap is not None:
+        arguments["bitmap"] = {"node": disk, "name": bitmap}
+    if cbw_timeout is not None:
+        arguments["cbw-timeout"] = cbw_timeout
+    return _change("blockdev-add", arguments)
+
+
+def blockdev_add_snapshot_access(node: NodeName, *, filter_node: NodeName) -> Command:
+    """The filter's view of the checkpoint, as a node that can be exported."""
+    return _change("blockdev-add", {"driver": "snapshot-access", "node-name": node, "file": filter_node})
+
+
+def blockdev_del(node: NodeName) -> Command:
+    return _change("blockdev-del", {"node-name": node})
+
+
+# --- dirty bitmaps
+
+
+def transaction(actions: Sequence[Action]) -> Command:
+    """All of the actions or none; one after the other after a single drain."""
+    return _change("transaction", {"actions": [{"type": action.type, "data": dict(action.data)} for action in actions]})
+
+
+def bitmap_add_action(
+    node: NodeName, bitmap: BitmapName, *, granularity: int | None = None, disabled: bool = False
+) -> Action:
+    """A new bitmap, never persistent.
+
+    :param granularity: bytes, one of :data:`BITMAP_GRANULARITIES`; None for QEMU's own choice.
+    :param disabled: it does not record (for merging into).
+    """
+    data: dict[str, Any] = {"node": node, "name": bitmap}
+    if granularity is not None:
+        data["granularity"] = granularity
+    if disabled:
+        data["disabled"] = True
+    return Action("block-dirty-bitmap-add", data)
+
+
+def bitmap_disable_action(node: NodeName, bitmap: BitmapName) -> Action:
+    return Action("block-dirty-bitmap-disable", {"node": node, "name": bitmap})
+
+
+def bitmap_merge_action(node: NodeName, target: BitmapName, sources: Sequence[BitmapName]) -> Action:
+    """Add everything in ``sources``, all on the same node, to ``target``."""
+    return Action("block-dirty-bitmap-merge", {"node": node, "target": target, "bitmaps": list(sources)})
+
+
+def bitmap_remove_action(node: NodeName, bitmap: BitmapName) -> Action:
+    return Action("block-dirty-bitmap-remove", {"node": node, "name": bitmap})
+
+
+def bitmap_add(
+    node: NodeName, bitmap: BitmapName, *, granularity: int | None = None, disabled: bool = False
+) -> Command:
+    """:func:`bitmap_add_action` as a command."""
+    return bitmap_add_action(node, bitmap, granularity=granularity, disabled=disabled).as_command()
+
+
+def bitmap_disable(node: NodeName, bitmap: BitmapName) -> Command:
+    """:func:`bitmap_disable_action` as a command."""
+    return bitmap_disable_action(node, bitmap).as_command()
+
+
+def bitmap_merge(node: NodeName, target: BitmapName, sources: Sequence[BitmapName]) -> Command:
+    """:func:`bitmap_merge_action` as a command."""
+    return bitmap_merge_action(node, target, sources).as_command()
+
+
+def bitmap_remove(node: NodeName, bitmap: BitmapName) -> Command:
+    """:func:`bitmap_remove_action` as a command."""
+    return bitmap_remove_action(node, bitmap).as_command()
+
+
+# --- NBD
+
+
+def nbd_server_start(path: str) -> Command:
+    """QEMU's NBD server, of which a process has one, on a Unix socket.
+
+    :param path: absolute; QEMU makes the socket.
+    """
+    return _change("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
+
+
+def nbd_server_stop() -> Command:
+    """Stop QEMU's NBD server, whoever started it, with every export that it has."""
+    return _change("nbd-server-stop", {})
+
+
+def query_block_exports() -> Command:
+    return _query("query-block-exports")
+
+
+def block_export_add_nbd(
+    export: str, node: NodeName, name: str, *, bitmaps: Sequence[tuple[NodeName, BitmapName]] = ()
+) -> Command:
+    """A read-only NBD export.
+
+    :param export: its id in QEMU.
+    :param name: what NBD clients call it, at most 255 bytes.
+    :param bitmaps: offered as metadata contexts ``qemu:dirty-bitmap:BITMAP``; they are busy while the export exists.
+    """
+    arguments: dict[str, Any] = {"type": "nbd", "id": export, "node-name": node, "name": name, "writable": False}
+    if bitmaps:
+        arguments["bitmaps"] = [{"node": owner, "name": bitmap} for owner, bitmap in bitmaps]
+    return _change("block-export-add", arguments)
+
+
+def block_export_del(export: str, mode: ExportDelMode = ExportDelMode.SAFE) -> Command:
+    """Ask for an export's end; it is gone when event ``BLOCK_EXPORT_DELETED`` says so, not when this returns."""
+    return _change("block-export-del", {"id": export, "mode": mode.value})
