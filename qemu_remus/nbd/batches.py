@@ -24,9 +24,9 @@ ZERO_BLOCK: Final = 4096
 
 _ZEROES: Final = bytes(ZERO_BLOCK)
 
-_BATCH_RUNS: Final = BATCH_EXTENTS - 2 * (BATCH_BYTES // ZERO_BLOCK)
-"""Most ranges that go into one batch. Looking for zeroes cuts them further, by less than one piece per block of data
-and one per range's odd tail, and odd tails exist at the disk's end only, or where all ranges are smaller than a block."""
+_BATCH_RUNS: Final = BATCH_EXTENTS - BATCH_BYTES // ZERO_BLOCK
+"""Most ranges that go into one batch. Looking for zeroes cuts a range into at most one piece per ``ZERO_BLOCK`` and one
+more, so this keeps ``BATCH_EXTENTS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Assembly:
         self.missing = sum(run.length for run in runs if not run.zero)
         self._data = bytearray(self.missing)
 
-    def fill(self, position: int, data: memoryview | None, length: int) -> None:
+    def fill(self, position: int, length: int, data: memoryview | bytes | None) -> None:
         """Put in what one read brought: ``length`` bytes at ``position`` of the batch's data; None for zeroes."""
         if data is not None:
             self._data[position : position + length] = data
@@ -80,13 +80,13 @@ class Assembly:
         position = 0
         for run in self._runs:
             if run.zero:
-                _append(pieces, run)
+                append_run(pieces, run)
                 continue
             for piece in _split_at_zeroes(self._data, position, run):
                 if not piece.zero:
                     start = position + piece.offset - run.offset
                     keep.append((start, start + piece.length))
-                _append(pieces, piece)
+                append_run(pieces, piece)
             position += run.length
         extents = tuple(Extent(disk, piece.offset, piece.length, piece.zero) for piece in pieces)
         if sum(end - start for start, end in keep) == len(self._data):
@@ -95,11 +95,12 @@ class Assembly:
         return Batch(extents, b"".join([view[start:end] for start, end in keep]))
 
 
-def _append(pieces: list[Run], piece: Run) -> None:
-    if pieces and pieces[-1].end == piece.offset and pieces[-1].zero == piece.zero:
-        pieces[-1] = Run(pieces[-1].offset, pieces[-1].length + piece.length, piece.zero)
+def append_run(runs: list[Run], run: Run) -> None:
+    """Add a run behind the others, joined to the last one where they are neighbours of one kind."""
+    if runs and runs[-1].end == run.offset and runs[-1].zero == run.zero:
+        runs[-1] = Run(runs[-1].offset, runs[-1].length + run.length, run.zero)
     else:
-        pieces.append(piece)
+        runs.append(run)
 
 
 def _split_at_zeroes(data: bytearray, position: int, run: Run) -> Iterator[Run]:
@@ -131,6 +132,10 @@ class Read:
     offset: int
     length: int
     position: int
+
+    def fill(self, data: memoryview | bytes | None) -> None:
+        """The read brought these data; None for zeroes."""
+        self.assembly.fill(self.position, self.length, data)
 
 
 def cut_batches(runs: Iterable[Run]) -> Iterator[list[Run]]:
@@ -181,6 +186,10 @@ class BatchQueue:
         if not self._reads:
             self._refill()
         return self._reads.popleft() if self._reads else None
+
+    def put_back(self, read: Read) -> None:
+        """The last read handed out is not made now: it is the next again."""
+        self._reads.appendleft(read)
 
     @property
     def exhausted(self) -> bool:
