@@ -101,6 +101,8 @@ class PrimaryState:
     :param finished: the bitmap of the uncommitted epoch.
     :param linked: the handshake of the present link is done.
     :param synced: a full sync was flushed on this link and is not committed yet.
+    :param stopping: the machine ends as soon as nothing is under way.
+    :param hurry: it has waited long enough for that: whatever is under way ends without an answer.
     :param refused: the secondary has refused the epoch under way and ignores the rest of it.
     :param refusal: the secondary has refused this pair for good; the machine ends as soon as its epoch is merged back.
     :param failures: epochs lost in a row while the link was up.
@@ -125,6 +127,7 @@ class PrimaryState:
     synced: bool = False
     protected: bool = False
     stopping: bool = False
+    hurry: bool = False
     refused: bool = False
     refusal: m.Goodbye | None = None
     failures: int = 0
@@ -215,6 +218,8 @@ class Transferred:
 class CommitDue:
     """The toolstack has the memory of this checkpoint on the backup."""
 
+    epoch: EpochNumber
+
 
 @dataclass(frozen=True, slots=True)
 class BitmapRemoved:
@@ -267,12 +272,16 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """Reach the secondary, with back-off, and exchange hellos; its end is ``LinkUp``."""
+    """Reach the secondary and exchange hellos; its end is ``LinkUp``, or ``LinkRefused`` for each attempt that was.
+
+    With a back-off that grows until an epoch is committed: a link can come up again and again and lead nowhere.
+    Nothing of an earlier link may be reported once ``LinkUp`` was.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """Say goodbye and close the link."""
+    """Say goodbye and close the link; it need not be reported as down."""
 
     code: RefusalCode
     text: str
@@ -443,10 +452,19 @@ def _next_epoch(state: PrimaryState) -> EpochNumber:
 
 
 def _oldest(recordings: tuple[Recording, ...]) -> Base:
-    """The base that holds for a bitmap that takes over all of these."""
-    bases = [recording.base for recording in recordings]
+    """The oldest base that holds for a bitmap that takes over all of these: bitmaps of one disk and one history.
+
+    Beside a bitmap with base "none" stands one that began at the checkpoint that ends it.  If that checkpoint was
+    committed after all, the union builds on it; if not, no commit is there to build on, and nobody can mistake it.
+    """
+    return min((recording.base for recording in recordings if recording.base is not None), default=None)
+
+
+def _common_base(found: tuple[tuple[Recording, ...], ...]) -> Base:
+    """The base that holds on every disk, from the bitmaps of one generation on each of them: the newest of theirs."""
+    bases = [_oldest(recordings) for recordings in found]
     known = [base for base in bases if base is not None]
-    return min(known) if len(known) == len(bases) and known else None
+    return max(known) if known and len(known) == len(bases) else None
 
 
 def _take_over(state: PrimaryState, old: tuple[Recording, ...], base: Base, generation: Generation) -> Step:
@@ -456,10 +474,15 @@ def _take_over(state: PrimaryState, old: tuple[Recording, ...], base: Base, gene
 
 
 def _wait_for_link(state: PrimaryState) -> Step:
-    state = replace(state, phase=Phase.WAITING, linked=False, synced=False, protected=False)
     if state.stopping:
         return _stopped(state)
-    return state, (Connect(),)
+    return replace(state, phase=Phase.WAITING, linked=False, synced=False, protected=False), (Connect(),)
+
+
+def _reconnect(state: PrimaryState, code: RefusalCode, text: str) -> Step:
+    """This link leads nowhere; the next one begins with a handshake."""
+    waiting, effects = _wait_for_link(state)
+    return waiting, (Disconnect(code, text), *effects)
 
 
 def _idle(state: PrimaryState) -> Step:
@@ -484,8 +507,12 @@ def _merge(state: PrimaryState, reason: str, *, count: bool = True) -> Step:
     assert state.recording is not None
     old = (state.finished, state.recording) if state.finished is not None else (state.recording,)
     failures = state.failures + 1 if count else state.failures
+    # On this link the next epoch can still complete the full sync; no later link takes it up.
+    unfinished = state.synced and state.linked and not state.stopping
+    base = None if unfinished and any(recording.base is None for recording in old) else _oldest(old)
+    generation = state.recording.generation
     state = replace(state, phase=Phase.MERGE, failures=failures, protected=False, reason=reason)
-    return _take_over(state, old, _oldest(old), state.recording.generation)
+    return _take_over(state, old, base, generation)
 
 
 @_on.register
@@ -496,13 +523,9 @@ def _(event: Attached, state: PrimaryState) -> Step:
         return _wait_for_link(replace(state, reason="not connected to the secondary yet"))
     generations = {recording.generation for recording in everywhere}
     generation = state.generation or (generations.pop() if len(generations) == 1 else None)
-    ours = tuple(recording for recording in everywhere if recording.generation == generation)
-    # A disk without a bitmap of this generation has changes that nobody recorded.
-    whole = all(any(r.generation == generation for r in found) for found in event.found)
-    if generation is None or not ours:
-        base, generation = None, everywhere[0].generation
-    else:
-        base = _oldest(ours) if whole else None
+    # A disk without a bitmap of this generation has changes that nobody recorded: it has no base.
+    base = _common_base(tuple(tuple(r for r in found if r.generation == generation) for found in event.found))
+    generation = generation or everywhere[0].generation
     highest = max(state.highest, *(recording.epoch for recording in everywhere))
     state = replace(
         state,
@@ -526,24 +549,20 @@ def _(event: LinkUp, state: PrimaryState) -> Step:
         return idle, (SaveState(), *effects)
     if isinstance(verdict, InitialSync) or (isinstance(verdict, NeedsFullSync) and state.allow_full_resync):
         return _begin_sync(replace(state, linked=True), event.generation)
-    if isinstance(verdict, Refusal) and verdict.code in LASTING:
+    if verdict.code in LASTING:
         return _stopped(state, verdict)
-    if isinstance(verdict, Refusal):
-        return _wait_for_link(replace(state, reason=verdict.diagnosis.what))
-    raise InternalError(f"no way to act on the verdict {verdict!r}")
+    text = verdict.diagnosis.what
+    return _reconnect(replace(state, reason=text), verdict.code, text)
 
 
 def _begin_sync(state: PrimaryState, generation: Generation) -> Step:
-    """Every full sync is a new generation, so that nothing older in a journal or a bitmap can be taken for its own."""
+    """Every full sync is a new generation, so that nothing older in a journal or a bitmap can be taken for its own.
+
+    It becomes the pair's with the secondary's answer: until then the secondary may still hold a checkpoint of the old
+    one, and a primary that named another would be a stranger to it.
+    """
     old = state.recording
-    state = replace(
-        state,
-        phase=Phase.RENEWING,
-        generation=generation,
-        committed=None,
-        protected=False,
-        reason="the disks are being copied",
-    )
+    state = replace(state, phase=Phase.RENEWING, protected=False, reason="the disks are being copied")
     if old is not None:
         return _take_over(state, (old,), None, generation)
     recording = Recording(generation, None, _next_epoch(state))
@@ -592,8 +611,8 @@ def _(event: Merged, state: PrimaryState) -> Step:
 def _tracking(state: PrimaryState) -> Step:
     if not state.linked or state.stopping:
         return _wait_for_link(state)
-    assert state.generation is not None
-    return replace(state, phase=Phase.SYNC_BEGIN), (Send(m.SyncBegin(state.generation, state.disks)),)
+    assert state.recording is not None
+    return replace(state, phase=Phase.SYNC_BEGIN), (Send(m.SyncBegin(state.recording.generation, state.disks)),)
 
 
 @_on.register
@@ -624,7 +643,7 @@ def _(event: Captured, state: PrimaryState) -> Step:
     finished = state.finished
     assert finished is not None
     state = replace(state, captured=finished.epoch)
-    if not state.linked:
+    if not state.linked or state.hurry:
         return _merge(state, state.reason, count=False)
     begin = Send(m.EpochBegin(finished.epoch, finished.base))
     return replace(state, phase=Phase.TRANSFER), (begin, Transfer(finished))
@@ -636,15 +655,19 @@ def _(event: Transferred, state: PrimaryState) -> Step:
     if not state.linked or state.refused:
         return _merge(state, state.reason, count=state.linked)
     assert state.finished is not None
+    if state.hurry:
+        merging, effects = _merge(state, state.reason, count=False)
+        return merging, (Send(m.AbortEpoch(state.finished.epoch)), *effects)
     end = m.EpochEnd(state.finished.epoch, event.extents, event.payload, event.digest, state.one_step)
     return replace(state, phase=Phase.STAGE), (Send(end),)
 
 
 @_on.register
 def _(event: CommitDue, state: PrimaryState) -> Step:
-    _expect(state, event, Phase.STAGED)
-    assert state.finished is not None
-    return replace(state, phase=Phase.COMMIT), (Send(m.CommitEpoch(state.finished.epoch)),)
+    if state.phase is not Phase.STAGED or state.finished is None or state.finished.epoch != event.epoch:
+        # The epoch was lost while the toolstack was about to say so.
+        return state, ()
+    return replace(state, phase=Phase.COMMIT), (Send(m.CommitEpoch(event.epoch)),)
 
 
 @_on.register
@@ -659,9 +682,9 @@ def _(event: WorkFailed, state: PrimaryState) -> Step:
     if event.fatal or state.phase in {Phase.ADOPTING, Phase.RENEWING, Phase.MERGE, Phase.RETIRE}:
         return _stopped(state, reason=event.reason)
     if state.phase is Phase.SYNC_COPY:
-        goodbye = (Disconnect(RefusalCode.SHUTTING_DOWN, event.reason),) if state.linked else ()
-        waiting, effects = _wait_for_link(replace(state, reason=event.reason if state.linked else state.reason))
-        return waiting, (*goodbye, *effects)
+        if not state.linked or state.stopping:
+            return _wait_for_link(state)
+        return _reconnect(replace(state, reason=event.reason), RefusalCode.SHUTTING_DOWN, event.reason)
     abort: tuple[Effect, ...] = ()
     if state.phase is Phase.TRANSFER and state.linked and not state.refused:
         assert state.finished is not None
@@ -679,12 +702,18 @@ def _(event: StopRequested, state: PrimaryState) -> Step:
     if state.phase is Phase.SYNC_COPY:
         return state, (CancelWork(),)
     if state.phase is Phase.STAGED:
-        return _merge(state, "the primary's controller is stopping", count=False)
+        return _leave_staged(state)
     return state, ()
+
+
+def _leave_staged(state: PrimaryState) -> Step:
+    """Stop while the toolstack has still to decide: it may have completed this memory, so nothing is aborted."""
+    return _merge(state, "the primary's controller is stopping", count=False)
 
 
 @_on.register
 def _(event: StopDeadline, state: PrimaryState) -> Step:
+    state = replace(state, stopping=True, hurry=True)
     if state.phase in {Phase.STAGE, Phase.COMMIT}:
         return _merge(state, "the secondary did not answer before the controller had to stop", count=False)
     if state.phase in {Phase.CAPTURE, Phase.TRANSFER}:
@@ -707,7 +736,8 @@ def _from_peer(message: object, state: PrimaryState) -> Step:
 
 @_from_peer.register
 def _(message: m.Goodbye, state: PrimaryState) -> Step:
-    if message.code in LASTING:
+    # Where the secondary has no room for the first copy, somebody has to make some.
+    if message.code in LASTING or (message.code is RefusalCode.NO_SPACE and state.phase is Phase.SYNC_BEGIN):
         state = replace(state, refusal=message, stopping=True)
     return _on(LinkDown(message.text), state)
 
@@ -716,7 +746,11 @@ def _(message: m.Goodbye, state: PrimaryState) -> Step:
 def _(message: m.SyncReady, state: PrimaryState) -> Step:
     if state.phase is not Phase.SYNC_BEGIN:
         return state, ()
-    return replace(state, phase=Phase.SYNC_COPY), (CopyLive(message.fresh),)
+    assert state.recording is not None
+    state = replace(
+        state, phase=Phase.SYNC_COPY, generation=state.recording.generation, captured=None, staged=None, committed=None
+    )
+    return state, (SaveState(), CopyLive(message.fresh))
 
 
 @_from_peer.register
@@ -730,7 +764,10 @@ def _(message: m.SyncFlushed, state: PrimaryState) -> Step:
 def _(message: m.EpochStaged, state: PrimaryState) -> Step:
     if state.phase is not Phase.STAGE or state.finished is None or message.epoch != state.finished.epoch:
         return state, ()
-    return replace(state, phase=Phase.STAGED, staged=message.epoch), ()
+    state = replace(state, phase=Phase.STAGED, staged=message.epoch)
+    if state.stopping:
+        return _leave_staged(state)
+    return state, ()
 
 
 @_from_peer.register
@@ -756,6 +793,10 @@ def _(message: m.Committed, state: PrimaryState) -> Step:
 def _(message: m.EpochRefused, state: PrimaryState) -> Step:
     if state.finished is None or message.epoch != state.finished.epoch:
         return state, ()
+    if message.code is RefusalCode.BASE_TOO_NEW:
+        # One side is wrong about the other, and every later epoch would meet the same: the handshake finds out.
+        down, effects = _on(LinkDown(message.text), state)
+        return down, (Disconnect(RefusalCode.BASE_TOO_NEW, message.text), *effects)
     if state.phase is Phase.TRANSFER:
         return replace(state, reason=message.text, refused=True), (CancelWork(),)
     if state.phase in {Phase.STAGE, Phase.COMMIT}:
