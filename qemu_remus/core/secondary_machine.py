@@ -23,7 +23,7 @@ from qemu_remus.core.errors import (
     RefusalCode,
     Refused,
 )
-from qemu_remus.core.generation import Incremental, InitialSync, NeedsFullSync, Refusal, decide
+from qemu_remus.core.generation import Incremental, NeedsFullSync, Refusal, decide
 from qemu_remus.core.model import (
     Base,
     Connection,
@@ -71,7 +71,11 @@ class SecondaryState:
     :param primary: instance and session of that connection's primary.
     :param history: generations that have ended, each with the checkpoint at which it did.
     :param highest: the highest epoch number seen in this generation.
+    :param staged: the newest epoch that is staged and not committed.
+    :param doubted: older ones, oldest first: links were lost before anybody said what becomes of them.
     :param receiving: the epoch whose extents are coming, with its base.
+    :param may_sync: the handshake of this link asks for a full sync.
+    :param undo: what held before a full sync that is being prepared.
     :param flushed: the full sync on this link is flushed: an epoch with base "none" may follow.
     :param askers: failover requests that are to be answered when it is done.
     :param behind: the primary is known, or must be assumed, to have later checkpoints.
@@ -87,6 +91,7 @@ class SecondaryState:
     committed: Base = None
     applied: Base = None
     staged: Base = None
+    doubted: tuple[EpochNumber, ...] = ()
     highest: int = 0
     consistent: bool = False
     failed: bool = False
@@ -94,6 +99,8 @@ class SecondaryState:
     primary: tuple[InstanceId, int] | None = None
     receiving: tuple[EpochNumber, Base] | None = None
     flushed: bool = False
+    may_sync: bool = False
+    undo: SecondaryState | None = None
     failover: Failover | None = None
     askers: tuple[int, ...] = ()
     behind: bool = False
@@ -240,7 +247,10 @@ class CloseLink:
 
 @dataclass(frozen=True, slots=True)
 class PrepareTargets:
-    """Answers ``TargetsReady``. Durably: the new generation, inconsistent, an empty journal; then the targets."""
+    """Answers ``TargetsReady``. Checks the targets; then, durably: the new generation, inconsistent, an empty journal.
+
+    A failure that is not lasting has changed nothing of that: the old checkpoint is still there.
+    """
 
     generation: Generation
     disks: tuple[DiskSpec, ...]
@@ -282,14 +292,14 @@ class StageEpoch:
 
 @dataclass(frozen=True, slots=True)
 class CommitEpoch:
-    """Answers ``CommitDone``."""
+    """Answers ``CommitDone``. It drops the epochs staged before this one; later ones stay."""
 
     epoch: EpochNumber
 
 
 @dataclass(frozen=True, slots=True)
 class AbortEpoch:
-    """Drop a staged epoch, durably; a failure answers ``StoreFailed``."""
+    """Drop a staged epoch, durably; one that is gone already is nothing new. A failure answers ``StoreFailed``."""
 
     epoch: EpochNumber
 
@@ -364,7 +374,13 @@ def hello(state: SecondaryState) -> m.Hello:
         staged=state.staged,
         highest_epoch=state.highest,
         disk_state=disk_state(state),
+        history=state.history,
     )
+
+
+def in_doubt(state: SecondaryState) -> tuple[EpochNumber, ...]:
+    """The epochs that are staged and not committed, oldest first; each can still be failed over to."""
+    return state.doubted if state.staged is None else (*state.doubted, state.staged)
 
 
 def disk_state(state: SecondaryState) -> DiskState:
@@ -425,6 +441,10 @@ def _after(state: SecondaryState) -> Phase:
     return Phase.STAGED if state.staged is not None else Phase.IDLE
 
 
+def _with_doubts(state: SecondaryState, epochs: tuple[EpochNumber, ...]) -> SecondaryState:
+    return replace(state, staged=epochs[-1] if epochs else None, doubted=epochs[:-1])
+
+
 def _settle(state: SecondaryState) -> SecondaryState:
     return replace(state, phase=_after(state), receiving=None)
 
@@ -432,7 +452,9 @@ def _settle(state: SecondaryState) -> SecondaryState:
 def _drop_link(state: SecondaryState, reason: str) -> Step:
     """The link is gone: an epoch without an end is forgotten, a staged one is kept."""
     effects = (DropUnfinished(),) if state.receiving is not None else ()
-    state = replace(state, link=None, primary=None, receiving=None, flushed=False, reason=reason)
+    state = replace(
+        state, link=None, primary=None, receiving=None, flushed=False, may_sync=False, behind=True, reason=reason
+    )
     if state.failover is None:
         state = replace(state, phase=Phase.LISTENING)
     return state, effects
@@ -462,18 +484,16 @@ def _(event: HelloReceived, state: SecondaryState) -> Step:
     verdict = decide(theirs, ours)
     if isinstance(verdict, Refusal) and not isinstance(verdict, NeedsFullSync):
         # The primary comes to the same verdict from our hello; what it cannot know is said in the goodbye.
-        goodbye = CloseLink(event.link, verdict.code, str(verdict.diagnosis))
-        return state, (*fenced, Send(event.link, ours), goodbye)
-    if state.failed:
-        text = f"the secondary's store has failed: {state.reason}"
-        return state, (*fenced, Send(event.link, ours), CloseLink(event.link, RefusalCode.STORAGE_FAILED, text))
-    behind = state.behind or not isinstance(verdict, Incremental) or theirs.committed != state.committed
+        text = f"the secondary's store has failed: {state.reason}" if state.failed else str(verdict.diagnosis)
+        return state, (*fenced, Send(event.link, ours), CloseLink(event.link, verdict.code, text))
     state = replace(
         state,
         link=event.link,
         primary=(theirs.instance, theirs.session),
         flushed=False,
-        behind=behind or isinstance(verdict, InitialSync),
+        # Only the next commit shows that nothing later is there.
+        behind=True,
+        may_sync=not isinstance(verdict, Incremental),
         reason="the primary is sending what has changed",
     )
     return _settle(state), (*fenced, Send(event.link, ours))
@@ -483,7 +503,7 @@ def _(event: HelloReceived, state: SecondaryState) -> Step:
 def _(event: LinkDown, state: SecondaryState) -> Step:
     if event.link != state.link:
         return state, ()
-    return _drop_link(replace(state, behind=True), event.reason)
+    return _drop_link(state, event.reason)
 
 
 @_on.register
@@ -496,18 +516,28 @@ def _(event: FromPeer, state: SecondaryState) -> Step:
 
 @_on.register
 def _(event: TargetsReady, state: SecondaryState) -> Step:
+    state = replace(state, undo=None)
     return state, _reply(state, m.SyncReady(event.fresh))
 
 
 @_on.register
 def _(event: Staged, state: SecondaryState) -> Step:
-    state = _settle(replace(state, staged=event.epoch))
+    state = _settle(_with_doubts(state, (*in_doubt(state), event.epoch)))
     return state, _reply(state, m.EpochStaged(event.epoch))
 
 
 @_on.register
 def _(event: CommitDone, state: SecondaryState) -> Step:
-    state = replace(state, committed=event.epoch, staged=None, consistent=True, flushed=False, behind=False, reason="")
+    later = tuple(epoch for epoch in in_doubt(state) if epoch > event.epoch)
+    state = replace(
+        _with_doubts(state, later),
+        committed=event.epoch,
+        consistent=True,
+        flushed=False,
+        may_sync=False,
+        behind=False,
+        reason="",
+    )
     if state.failover is not None:
         return state, (FinishFailover(state.failover),)
     state = _settle(state)
@@ -518,6 +548,9 @@ def _(event: CommitDone, state: SecondaryState) -> Step:
 def _(event: StoreFailed, state: SecondaryState) -> Step:
     if state.failover is not None:
         return _failover_stuck(state, event.text)
+    if state.undo is not None:
+        # The full sync did not begin: what was there before it still is.
+        state = state.undo
     state = replace(state, failed=state.failed or event.lasting, reason=event.text)
     receiving = state.receiving
     if receiving is None or event.lasting or state.link is None:
@@ -530,6 +563,9 @@ def _(event: StoreFailed, state: SecondaryState) -> Step:
 
 @_on.register
 def _(event: Applied, state: SecondaryState) -> Step:
+    if state.committed is None or not (state.applied or 0) < event.epoch <= state.committed:
+        # Of an earlier generation, or overtaken by a failover.
+        return state, ()
     return replace(state, applied=event.epoch), ()
 
 
@@ -565,16 +601,19 @@ def _(message: m.Goodbye, state: SecondaryState) -> Step:
 
 @_from_peer.register
 def _(message: m.SyncBegin, state: SecondaryState) -> Step:
-    if state.phase not in {Phase.IDLE, Phase.STAGED}:
+    if state.phase not in {Phase.IDLE, Phase.STAGED} or not state.may_sync:
         return _hang_up(state, RefusalCode.PROTOCOL, "a full sync cannot begin now")
     state = replace(
         state,
+        undo=state,
+        may_sync=False,
         phase=Phase.SYNC,
         generation=message.generation,
         disks=message.disks,
         committed=None,
         applied=None,
         staged=None,
+        doubted=(),
         highest=0,
         consistent=False,
         flushed=False,
@@ -647,7 +686,9 @@ def _(message: m.EpochEnd, state: SecondaryState) -> Step:
 def _(message: m.CommitEpoch, state: SecondaryState) -> Step:
     if message.epoch == state.committed:
         return state, _reply(state, m.Committed(message.epoch))
-    if message.epoch != state.staged:
+    if state.receiving is not None:
+        return _hang_up(state, RefusalCode.PROTOCOL, "an epoch cannot be committed while another is coming")
+    if message.epoch not in in_doubt(state):
         return _hang_up(state, RefusalCode.PROTOCOL, f"epoch {message.epoch} is not staged, it cannot be committed")
     return state, (CommitEpoch(message.epoch),)
 
@@ -657,8 +698,12 @@ def _(message: m.AbortEpoch, state: SecondaryState) -> Step:
     aborted = _reply(state, m.EpochAborted(message.epoch))
     if state.receiving is not None and state.receiving[0] == message.epoch:
         return _settle(state), (DropUnfinished(), *aborted)
-    if message.epoch == state.staged:
-        return _settle(replace(state, staged=None)), (AbortEpoch(message.epoch), *aborted)
+    if message.epoch in in_doubt(state):
+        left = tuple(epoch for epoch in in_doubt(state) if epoch != message.epoch)
+        state = _with_doubts(state, left)
+        if state.receiving is None:
+            state = _settle(state)
+        return state, (AbortEpoch(message.epoch), *aborted)
     if message.epoch == state.committed:
         return _hang_up(state, RefusalCode.PROTOCOL, f"epoch {message.epoch} is committed, it cannot be aborted")
     return state, aborted
@@ -685,22 +730,24 @@ def _target(state: SecondaryState, event: FailoverRequested) -> EpochNumber | Co
         if state.staged is not None and not event.last_committed:
             return CommitInDoubt(
                 f"epoch {state.staged} is staged and it is not known here whether its commit was decided",
-                safe=f"nothing was changed; checkpoints {state.committed} and {state.staged} can both be reached",
+                safe=f"nothing was changed; these checkpoints can be reached: {_reachable(state)}",
                 hint="name the memory checkpoints that can be restored with --checkpoint, newest first, or say "
-                "--last-committed to take the older one",
+                "--last-committed to take the oldest of them",
             )
         return state.committed
     for checkpoint in event.checkpoints:
-        if checkpoint in (state.staged, state.committed):
+        if checkpoint == state.committed or checkpoint in in_doubt(state):
             return checkpoint
-    held = f"checkpoint {state.committed}"
-    if state.staged is not None:
-        held += f" (committed) and {state.staged} (staged)"
     return Refused(
         f"none of the checkpoints asked for can be reached: {', '.join(map(str, event.checkpoints))}",
-        safe=f"nothing was changed; the disks hold {held}",
+        safe=f"nothing was changed; these checkpoints can be reached: {_reachable(state)}",
         hint="name one of these with --checkpoint",
     )
+
+
+def _reachable(state: SecondaryState) -> str:
+    staged = "".join(f", {epoch} (staged)" for epoch in in_doubt(state))
+    return f"{state.committed} (committed){staged}"
 
 
 @_on.register
@@ -716,14 +763,20 @@ def _(event: FailoverRequested, state: SecondaryState) -> Step:
 
 
 def _failover_stuck(state: SecondaryState, text: str) -> Step:
-    """The decision stays: a repetition of the request goes on where this one failed."""
+    """The decision stays: a repetition of the request goes on where this one failed.
+
+    The primary must know as well, even if the decision itself could not be saved.
+    """
     stuck = Refused(
         f"the failover could not be finished: {text}",
         safe="the journal keeps everything that is not in the images, and no later commit will be taken",
         hint="remove the cause, then ask for the same failover again",
     )
     answers = tuple(Answer(asker, error=stuck) for asker in state.askers)
-    return replace(state, failed=True, reason=text, askers=()), answers
+    closing: tuple[Effect, ...] = ()
+    if state.link is not None:
+        state, closing = _hang_up(state, RefusalCode.FAILED_OVER, "the secondary is failing over")
+    return replace(state, failed=True, reason=text, askers=()), (*closing, *answers)
 
 
 def _failover_again(state: SecondaryState, event: FailoverRequested, failover: Failover) -> Step:
@@ -752,12 +805,12 @@ def _(event: FailoverSaved, state: SecondaryState) -> Step:
         link = state.link
         state, dropped = _drop_link(state, text)
         effects = (*dropped, CloseLink(link, RefusalCode.FAILED_OVER, text))
-    if state.staged is None:
-        return state, (*effects, FinishFailover(failover))
-    if state.staged == failover.target:
+    # An epoch before the target goes with its commit; one behind it must not come back.
+    later = tuple(epoch for epoch in in_doubt(state) if epoch > failover.target)
+    effects = (*effects, *(AbortEpoch(epoch) for epoch in later))
+    if failover.target in in_doubt(state):
         return state, (*effects, CommitEpoch(failover.target))
-    staged = state.staged
-    return replace(state, staged=None), (*effects, AbortEpoch(staged), FinishFailover(failover))
+    return state, (*effects, FinishFailover(failover))
 
 
 @_on.register
@@ -772,6 +825,8 @@ def _(event: Released, state: SecondaryState) -> Step:
         generation=failover.generation,
         history=(*state.history, (state.generation, failover.target)),
         applied=failover.target,
+        staged=None,
+        doubted=(),
         reason="",
     )
     answers = tuple(Answer(asker, checkpoint=failover.target) for asker in state.askers)
