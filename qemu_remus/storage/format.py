@@ -64,7 +64,7 @@ Extent::
          8     8  offset in bytes
         16     8  length in bytes, more than 0
 
-Payload of END (the epoch is staged), COMMIT (it counts) and ABORT (it is dropped; all but the base 0)::
+Payload of END (the epoch is staged), COMMIT (it counts) and ABORT (it is dropped)::
 
     offset  size  field
          0     8  base of the epoch
@@ -89,8 +89,7 @@ from enum import IntEnum
 from typing import Final
 from uuid import UUID
 
-import google_crc32c
-
+from qemu_remus.core.checksum import crc32c
 from qemu_remus.core.errors import FormatError
 from qemu_remus.core.extents import Extent
 from qemu_remus.core.model import Base, EpochNumber, Generation, PairName
@@ -169,14 +168,9 @@ class RecordHeader:
     offset: int
 
     @property
-    def end(self) -> int:
-        """Where the record ends in its segment, padding included."""
-        return self.offset + record_size(self.length)
-
-    @property
     def next_offset(self) -> int:
         """Where the next record of the segment starts."""
-        return self.end if self.type is RecordType.EXTENTS else align(self.end, BLOCK)
+        return next_offset(self.type, self.offset, self.length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +183,11 @@ class Totals:
     digest: int
 
 
-def crc32c(*buffers: Buffer, start: int = 0) -> int:
-    """CRC32C of the buffers, one behind the other.
-
-    :param start: checksum of what went before.
-    """
-    value = start
+def checksum(*buffers: Buffer) -> int:
+    """CRC32C of the buffers, one behind the other."""
+    value = 0
     for buffer in buffers:
-        # The C extension takes nothing but bytes; the copy is cheap beside what writing the data costs.
-        value = google_crc32c.extend(value, buffer if isinstance(buffer, bytes) else bytes(buffer))
+        value = crc32c(buffer, value)
     return value
 
 
@@ -214,6 +204,15 @@ def align(offset: int, unit: int) -> int:
 def record_size(length: int) -> int:
     """Bytes that a record with a payload of ``length`` bytes takes, padding included."""
     return align(RECORD_HEADER_SIZE + length, 8)
+
+
+def next_offset(kind: RecordType, offset: int, length: int) -> int:
+    """Where the record behind one of this type, place and payload length starts.
+
+    A sync follows every record but EXTENTS; what comes next must not touch a block that is durable.
+    """
+    end = offset + record_size(length)
+    return end if kind is RecordType.EXTENTS else align(end, BLOCK)
 
 
 def pack_document(body: bytes) -> bytes:
@@ -342,17 +341,26 @@ def pack_extents(extents: Sequence[Extent]) -> bytes:
     return b"".join(parts)
 
 
+def data_length(payload: bytes) -> tuple[int, int]:
+    """Number of extents and bytes of data in an EXTENTS payload, from its head alone.
+
+    :raise FormatError: the payload is too short for its table.
+    """
+    if len(payload) >= _COUNT.size:
+        count, _ = _COUNT.unpack_from(payload)
+        data = len(payload) - _COUNT.size - count * _EXTENT.size
+        if data >= 0:
+            return count, data
+    raise FormatError("an extent table is cut short")
+
+
 def unpack_extents(payload: bytes) -> tuple[tuple[Extent, ...], memoryview]:
     """Extents and data of an EXTENTS payload.
 
     :raise FormatError: the table does not fit the payload.
     """
-    if len(payload) < _COUNT.size:
-        raise FormatError("an extent table is cut short")
-    count, _ = _COUNT.unpack_from(payload)
-    table_end = _COUNT.size + count * _EXTENT.size
-    if table_end > len(payload):
-        raise FormatError("an extent table is cut short")
+    _, length = data_length(payload)
+    table_end = len(payload) - length
     view = memoryview(payload)
     extents = tuple(
         Extent(disk, offset, length, bool(flags & _ZERO_FLAG))
@@ -395,6 +403,6 @@ def unpack_trim(payload: bytes) -> int:
     return int(_TRIM.unpack(payload)[0])
 
 
-def extend_digest(digest: int, checksum: int) -> int:
+def extend_digest(digest: int, payload_checksum: int) -> int:
     """An epoch's digest after one more EXTENTS record with this payload checksum."""
-    return crc32c(_CHECKSUM.pack(checksum), start=digest)
+    return crc32c(_CHECKSUM.pack(payload_checksum), digest)
