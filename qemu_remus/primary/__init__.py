@@ -1,0 +1,9 @@
+"""The primary's controller.
+
+``controller`` carries out what :mod:`qemu_remus.core.primary_machine` decides, ``link_keeper`` keeps the link to the
+secondary, ``work`` does what takes long.  Nothing but :func:`run_primary` is for others.
+"""
+
+from qemu_remus.primary.controller import run_primary
+
+__all__ = ["run_primary"]
