@@ -1,0 +1,13 @@
+"""What all tests share. Rules: no QEMU, no network beyond loopback, no sleep as synchronisation, no file outside
+``tmp_path``; time is the mock clock's."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# One machine runs everything: time limits per example would fail for the neighbours' load.
+settings.register_profile("quick", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("quick"), max_examples=3000)
+settings.load_profile(os.environ.get("QEMU_REMUS_HYPOTHESIS", "quick"))
