@@ -89,8 +89,8 @@ def query_status() -> Command:
     return _query("query-status")
 
 
-def query_current_machine() -> Command:
-    return _query("query-current-machine")
+def query_kvm() -> Command:
+    return _query("query-kvm")
 
 
 def stop() -> Command:
@@ -141,6 +141,11 @@ def query_named_block_nodes() -> Command:
     return _query("query-named-block-nodes", flat=True)
 
 
+def query_block_graph() -> Command:
+    """Every node and who uses it; experimental in QEMU, and before 10.1 the only way to see what is below a filter."""
+    return _query("x-debug-query-block-graph")
+
+
 def query_block_jobs() -> Command:
     return _query("query-block-jobs")
 
@@ -150,6 +155,7 @@ def query_jobs() -> Command:
 
 
 def job_cancel(job: str) -> Command:
+    """Ask for a job's end; it is gone when ``query-jobs`` does not show it any more."""
     return _change("job-cancel", {"id": job})
 
 
