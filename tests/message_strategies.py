@@ -89,12 +89,12 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
 )
 
 
-def hello(role: Role, **changes: object) -> m.Hello:
+def hello(side: Role, /, **changes: object) -> m.Hello:
     """A hello of one disk of 1 MiB, in the middle of a generation's life."""
-    primary = role is Role.PRIMARY
+    primary = side is Role.PRIMARY
     facts: dict[str, object] = {
         "pair": PairName("vm"),
-        "role": role,
+        "role": side,
         "instance": InstanceId(UUID(int=10 if primary else 20)),
         "session": 1,
         "generation": GENERATIONS[0],
