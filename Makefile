@@ -1,17 +1,44 @@
-# The two commands of the README are `make demo` and `make check`; both set up everything they need.
+# The two commands of the README are `make demo` and `make check`; both set up all that they need, on Debian 12 or later.
 VENV := .venv
-BIN := $(VENV)/bin
+PYTHON := $(VENV)/bin/python
+PYTEST := $(PYTHON) -m pytest
 
-.PHONY: all venv quick check check-all bench demo clean
+.PHONY: all venv guest quick check check-all bench demo clean
 
 all: venv
 
 venv: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
-	python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,tui]'
-	touch $@
+	@$(PYTHON) -c 'import pip' 2>/dev/null || { python=$$(integration/setup.sh python) && $$python -m venv --clear $(VENV); }
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[dev,tui]'
+	@touch $@
 
+# QEMU and the guest's parts; at once where all is there
+guest: venv
+	@integration/setup.sh qemu
+	@$(PYTHON) -m integration.guest.build >/dev/null
+
+# lint, types and everything that needs no QEMU
 quick: venv
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
+
+# the whole suite
+check: quick guest
+	$(PYTEST) integration -m 'not slow and not bench'
+
+# and what takes long
+check-all: quick guest
+	$(PYTEST) integration -m 'not bench'
+
+# measurements; they print tables, and fail where a stated bound is exceeded
+bench: guest
+	$(PYTEST) integration -m bench -s
+
+demo: guest
+	@$(PYTHON) -m integration.demo
+
+# .cache holds the fetched packages too
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

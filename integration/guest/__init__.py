@@ -1,0 +1,1 @@
+"""The guest for tests and demo: what goes into its initramfs, and what builds it (:mod:`integration.guest.build`)."""
