@@ -2,8 +2,10 @@
 
 It goes window by window: block status first, of as much of the disk as yields a bounded number of ranges, then the
 data of these ranges, over one to four connections. No status is asked for while a read is unanswered on any of them:
-QEMU below 9.2 may fail an assertion when both run at once on a snapshot. Each connection keeps the session's budget of
-replies owed, so that a reader that hangs, or whose consumer does, never holds up QEMU.
+QEMU below 9.2 may fail an assertion when both run at once on a snapshot. Each context has a connection of its own:
+where QEMU cannot tell the allocation, it ends the reply and then sends the other context's status all the same. Each
+connection keeps the session's budget of replies owed, so that a reader that hangs, or whose consumer does, never holds
+up QEMU.
 
 What may not enter: the protocol's bytes (protocol.py), and what an epoch is.
 """
@@ -42,7 +44,11 @@ WINDOW_RUNS: Final = 8192
 CONNECTIONS: Final = 4
 """Most connections that read at once, unless the caller says otherwise."""
 
-_BYTES_PER_CONNECTION: Final = 8 * 1024 * 1024
+_BROKEN_SNAPSHOT: Final = (errno.EACCES, errno.EINVAL)
+"""What a snapshot that broke answers. QEMU has EACCES for it, NBD has not: on the wire it is EINVAL (seen on 7.2),
+which a request of ours, always within the export, cannot get for another reason."""
+
+_BYTES_PER_CONNECTION: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +187,7 @@ class _Reader:
 
     async def _read_window(self, data: int) -> None:
         """Read all that was planned; nothing is unanswered on any connection when this returns."""
-        # Setting a connection up takes as long as reading some 100 KiB: not for a small epoch.
+        # Setting a connection up takes as long as reading some 256 KiB: not for a small epoch.
         wanted = min(self._source.connections, 1 + data // _BYTES_PER_CONNECTION)
         while len(self._clients) < wanted:
             await self._open()
@@ -237,7 +243,7 @@ class _Reader:
             f"QEMU failed {kind} of {request.length} bytes at {request.offset} of the export {self._source.export!r}: "
             f"{os.strerror(error)}{f' ({failure.text})' if failure.text else ''}"
         )
-        if self._source.dirty is not None and error == errno.EACCES:
+        if self._source.dirty is not None and error in _BROKEN_SNAPSHOT:
             return SnapshotBroken(
                 f"the checkpoint's view of export {self._source.export!r} broke ({what})",
                 safe="the guest is not affected, and its changes stay recorded for the next epoch",
