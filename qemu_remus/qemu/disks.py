@@ -161,7 +161,9 @@ def obstacle(disk: VmDisk, capabilities: Capabilities) -> Obstacle | None:
             quiet=False,
         )
     if not disk.node:
-        return Obstacle("it has no medium, or a node without a name", "give the one or the other", quiet=True)
+        if disk.size:
+            return Obstacle("its node has no name", "start the VM with node-name= for it", quiet=False)
+        return Obstacle("it has no medium", "give it one", quiet=True)
     if disk.read_only:
         return Obstacle("it is read-only, so there is nothing to replicate", "copy it once, by hand", quiet=True)
     if is_ours(disk.node):
