@@ -132,13 +132,14 @@ class Agent:
         return job.output
 
     async def receive(self) -> None:
-        """Task: sort the guest's lines, until it ends."""
+        """Task: sort the guest's lines, until it ends; closes the connection."""
         buffer = b""
         try:
-            while data := await self._stream.receive_some(65536):
-                *lines, buffer = (buffer + data).split(b"\n")
-                for line in lines:
-                    self._line(line.decode(errors="replace"))
+            async with self._stream:
+                while data := await self._stream.receive_some(65536):
+                    *lines, buffer = (buffer + data).split(b"\n")
+                    for line in lines:
+                        self._line(line.decode(errors="replace"))
         except trio.BrokenResourceError:
             pass
         finally:
