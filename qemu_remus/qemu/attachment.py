@@ -26,7 +26,7 @@ from qemu_remus.qemu.detach import detach
 from qemu_remus.qemu.disks import VmDisk
 from qemu_remus.qemu.epoch import Capture, CapturedDisk
 from qemu_remus.qemu.fleece import FleeceFile
-from qemu_remus.qemu.guardian_client import Guardian
+from qemu_remus.qemu.guardian_client import DEFAULT_PAUSE_LIMIT, Guardian
 from qemu_remus.qemu.nbd_server import start_server, stop_server
 from qemu_remus.qemu.nodes import BitmapIdentity, fleece_node
 from qemu_remus.qemu.transport import Pull, Transport
@@ -198,6 +198,7 @@ async def open_attachment(
     fleece_dir: Path,
     runtime_dir: Path,
     guardian: Guardian | None,
+    pause_limit: float = DEFAULT_PAUSE_LIMIT,
 ) -> AsyncIterator[Attachment]:
     """Attach to a QEMU: clean up after a predecessor, start the NBD server, give every disk its fleece.
 
@@ -208,6 +209,7 @@ async def open_attachment(
     :param fleece_dir: absolute; holds the fleeces, which QEMU must be able to open.
     :param runtime_dir: absolute; holds the NBD server's socket, which QEMU makes.
     :param guardian: None: the VM is never paused by us, or nobody resumes it if we die.
+    :param pause_limit: seconds after which the guardian ends a pause of ours, and us.
     :raise DiskUnsupported: when somebody else uses QEMU's NBD server.
     :raise StorageError: when a fleece cannot be made.
     :raise QemuError: when QEMU refuses or does not answer.
@@ -215,7 +217,7 @@ async def open_attachment(
     await detach(client, pair, keep_tracking=True)
     inside = AsyncExitStack()
     try:
-        yield await _attach(client, capabilities, pair, disks, fleece_dir, runtime_dir, guardian, inside)
+        yield await _attach(client, capabilities, pair, disks, fleece_dir, runtime_dir, guardian, pause_limit, inside)
     finally:
         with trio.move_on_after(_CLOSE_LIMIT) as scope:
             scope.shield = True
@@ -232,6 +234,7 @@ async def _attach(
     fleece_dir: Path,
     runtime_dir: Path,
     guardian: Guardian | None,
+    pause_limit: float,
     inside: AsyncExitStack,
 ) -> Attachment:
     """Put in what is needed; whatever went in is taken out again by ``inside``, whether the rest goes in or not."""
@@ -257,6 +260,7 @@ async def _attach(
         free_space=files[0].free_space if files else lambda: 0,
         cbw_timeout=CBW_TIMEOUT if Feature.CBW_TIMEOUT in capabilities else None,
         guardian=guardian,
+        pause_limit=pause_limit,
     )
     attachment = Attachment(client, pair, disks, fleeces=files, capturer=capturer, transport=Pull(client, pair, server))
     at_end("a checkpoint", attachment._leave)

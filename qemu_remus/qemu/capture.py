@@ -174,7 +174,7 @@ class Capturer:
     async def _look(self, finished: BitmapIdentity, actions: Sequence[commands.Action]) -> _Look:
         """Rotate, and read what there is, in one write."""
         rotated, status, blocks = await self._client.execute_many(
-            [commands.transaction(actions), commands.query_status(), commands.query_block()]
+            [epoch.all_or_none(actions), commands.query_status(), commands.query_block()]
         )
         # A changed graph explains a refused rotation better than QEMU's own words.
         devices = epoch.look_at_devices(_value(blocks))
@@ -243,7 +243,7 @@ class Capturer:
         pause = _Pause(ours=True, inserted=list(look.dirty))
         steps: list[Command] = [
             commands.stop(),
-            commands.transaction(epoch.rotation(self._disks, finished, None)),
+            epoch.all_or_none(epoch.rotation(self._disks, finished, None)),
             *self._insertions(finished, look.dirty),
         ]
         if look.clean:
