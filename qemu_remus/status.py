@@ -231,7 +231,7 @@ def _disks(report: Report) -> Iterator[str]:
     for disk in report.disks:
         where = disk.target or (f"node {disk.node}" if disk.node else "")
         length = "size unknown" if disk.size is None else size(disk.size)
-        yield _row(label, f"{disk.name:<{width}}  {length:>10}  {where}".rstrip())
+        yield _row(label, f"{disk.name:<{width}}  {length:>12}  {where}".rstrip())
         label = ""
 
 

@@ -1,0 +1,49 @@
+"""``qemu-remus detach`` and ``qemu-remus probe``: commands that talk to a QEMU themselves, without a controller."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import trio
+
+from qemu_remus.cli.exits import ExitCode
+from qemu_remus.core.model import PairName, pair_name
+from qemu_remus.core.qapi import to_qmp
+from qemu_remus.qemu.client import open_qmp
+from qemu_remus.qemu.detach import DetachReport
+from qemu_remus.qemu.detach import detach as take_out
+from qemu_remus.qemu.probe import ProbeReport
+from qemu_remus.qemu.probe import probe as look_at
+
+
+def detach(options: argparse.Namespace) -> int:
+    """Take out of a QEMU what is ours; a success only if nothing of it is left."""
+    pair = None if options.pair is None else pair_name(options.pair)
+    report = trio.run(_detach, options.qmp, pair)
+    if options.json:
+        print(json.dumps(to_qmp(report), indent=2))
+    else:
+        print("\n".join(report.lines()))
+    return ExitCode.OK if report.ok else ExitCode.FAILURE
+
+
+async def _detach(path: str, pair: PairName | None) -> DetachReport:
+    async with open_qmp(path) as client:
+        return await take_out(client, pair)
+
+
+def probe(options: argparse.Namespace) -> int:
+    """Say what a QEMU and its disks allow."""
+    report = trio.run(_probe, options.qmp)
+    if options.json:
+        print(json.dumps(to_qmp(report), indent=2))
+    else:
+        print("\n".join(report.lines()))
+    return ExitCode.OK if report.ok else ExitCode.NOT_PROTECTED
+
+
+async def _probe(path: Path) -> ProbeReport:
+    async with open_qmp(path) as client:
+        return await look_at(client)
