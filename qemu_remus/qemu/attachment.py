@@ -8,7 +8,8 @@ and released; the caller decides about bitmaps and their identities.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,19 +18,20 @@ import trio
 
 from qemu_remus.core.errors import CommandFailed, QemuError, StorageError
 from qemu_remus.core.model import DiskName, NodeName, PairName
-from qemu_remus.nbd.reader import BatchStream
+from qemu_remus.nbd.batches import Batch
 from qemu_remus.qemu import commands, epoch
 from qemu_remus.qemu.capabilities import Capabilities, Feature
 from qemu_remus.qemu.capture import Capturer
-from qemu_remus.qemu.client import QmpClient
+from qemu_remus.qemu.client import PeerCredentials, QmpClient
 from qemu_remus.qemu.detach import detach
 from qemu_remus.qemu.disks import VmDisk
-from qemu_remus.qemu.epoch import Capture, CapturedDisk
+from qemu_remus.qemu.epoch import Capture
 from qemu_remus.qemu.fleece import FleeceFile
 from qemu_remus.qemu.guardian_client import DEFAULT_PAUSE_LIMIT, Guardian
 from qemu_remus.qemu.nbd_server import start_server, stop_server
-from qemu_remus.qemu.nodes import BitmapIdentity, fleece_node
-from qemu_remus.qemu.transport import Pull, Transport
+from qemu_remus.qemu.nodes import BitmapIdentity, fleece_node, is_ours
+from qemu_remus.qemu.process import qemu_process
+from qemu_remus.qemu.transport import Pull, Transport, one_after_the_other
 
 CBW_TIMEOUT: Final = 2
 """Seconds for which a slow fleece may hold up a guest's write, once per epoch; then the snapshot is given up."""
@@ -71,6 +73,15 @@ class Attachment:
         """
         nodes = epoch.bitmaps_by_node(await self._client.execute(commands.query_named_block_nodes()))
         return {disk.name: epoch.identities(self._pair, nodes.get(disk.node, {})) for disk in self.disks}
+
+    async def dirty_bytes(self) -> int:
+        """Bytes that the pair's bitmaps hold at this moment, of all disks together.
+
+        :raise QemuError: when QEMU does not answer.
+        """
+        nodes = epoch.bitmaps_by_node(await self._client.execute(commands.query_named_block_nodes()))
+        looks = [nodes.get(disk.node, {}) for disk in self.disks]
+        return sum(look[one.name].count for look in looks for one in epoch.identities(self._pair, look))
 
     async def start_tracking(self, identity: BitmapIdentity) -> None:
         """Begin to record the changes of all disks in a new bitmap.
@@ -137,34 +148,26 @@ class Attachment:
         self._clean = False
         return await self._capturer.capture(finished, following, pause=pause)
 
-    @asynccontextmanager
-    async def read(self, capture: Capture, disk: CapturedDisk) -> AsyncIterator[BatchStream]:
-        """What one disk's changed blocks hold at the checkpoint; one disk at a time.
+    def read(self, capture: Capture) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """What the changed blocks hold at the checkpoint, disk after disk, each in ascending order.
 
         ::
 
-            for disk in capture.disks:
-                async with attachment.read(capture, disk) as batches:
-                    async for batch in batches:
-                        ...
+            async with attachment.read(capture) as batches:
+                async for batch in batches:
+                    ...
 
-        :raise SnapshotBroken: from the stream, when the snapshot was given up for the guest's sake.
-        :raise CommandFailed: when QEMU refuses to export it.
-        :raise NbdError: from the stream, when reading fails in another way.
+        The iterator raises :class:`SnapshotBroken` when the snapshot was given up for the guest's sake,
+        :class:`NbdError` when reading fails in another way, and :class:`QemuError` when QEMU does not export a disk.
         """
-        async with self._transport.read(capture, disk) as batches:
-            yield batches
+        return one_after_the_other([partial(self._transport.read, capture, disk) for disk in capture.disks])
 
-    @asynccontextmanager
-    async def read_live(self, index: int) -> AsyncIterator[BatchStream]:
-        """What a disk holds at this moment, changing under the reader; ranges without data come as zero extents.
+    def read_live(self, index: int) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """What a disk holds at this moment, changing under the reader, in ascending order; errors as :meth:`read`.
 
         :param index: in :attr:`disks`.
-        :raise CommandFailed: when QEMU refuses to export it.
-        :raise NbdError: from the stream, when reading fails.
         """
-        async with self._transport.read_live(index, self.disks[index]) as batches:
-            yield batches
+        return one_after_the_other([partial(self._transport.read_live, index, self.disks[index])])
 
     async def release(self, capture: Capture) -> None:
         """Give the guest's devices their own nodes back and empty the fleeces. May be called again, and after failures.
@@ -214,10 +217,20 @@ async def open_attachment(
     :raise StorageError: when a fleece cannot be made.
     :raise QemuError: when QEMU refuses or does not answer.
     """
-    await detach(client, pair, keep_tracking=True)
+    report = await detach(client, pair, keep_tracking=True)
+    stuck = [left for left in report.left if is_ours(left.name, pair)]
+    if stuck:
+        raise QemuError(
+            f"{stuck[0].name}, left by an earlier controller, cannot be taken out of QEMU: {stuck[0].why}",
+            safe="the VM goes on",
+            hint=stuck[0].hint,
+        )
+    process = await qemu_process(client)
     inside = AsyncExitStack()
     try:
-        yield await _attach(client, capabilities, pair, disks, fleece_dir, runtime_dir, guardian, pause_limit, inside)
+        yield await _attach(
+            client, process, capabilities, pair, disks, fleece_dir, runtime_dir, guardian, pause_limit, inside
+        )
     finally:
         with trio.move_on_after(_CLOSE_LIMIT) as scope:
             scope.shield = True
@@ -228,6 +241,7 @@ async def open_attachment(
 
 async def _attach(
     client: QmpClient,
+    process: PeerCredentials,
     capabilities: Capabilities,
     pair: PairName,
     disks: tuple[VmDisk, ...],
@@ -242,11 +256,11 @@ async def _attach(
     def at_end(what: str, act: Callable[..., Awaitable[object]], *arguments: object) -> None:
         inside.push_async_callback(_take_out, client, what, act, *arguments)
 
-    server = await start_server(client, runtime_dir, pair)
+    server = await start_server(client, process, runtime_dir, pair)
     at_end("the NBD server", stop_server, client)
     files = []
     for disk in disks:
-        file = await trio.to_thread.run_sync(FleeceFile.make, fleece_dir, pair, disk.name, disk.size, client.peer)
+        file = await trio.to_thread.run_sync(FleeceFile.make, fleece_dir, pair, disk.name, disk.size, process)
         inside.callback(file.close)
         files.append(file)
         node = fleece_node(pair, disk.name)

@@ -93,6 +93,11 @@ def query_kvm() -> Command:
     return _query("query-kvm")
 
 
+def query_cpus_fast() -> Command:
+    """The vCPUs, with the ids of their threads on the host."""
+    return _query("query-cpus-fast")
+
+
 def stop() -> Command:
     """Pause the VM; QEMU flushes its images before it answers."""
     return _change("stop", {})

@@ -26,6 +26,7 @@ from qemu_remus.qemu.commands import Command, ExportDelMode
 from qemu_remus.qemu.discover import read_graph
 from qemu_remus.qemu.nbd_server import find_our_server, socket_path
 from qemu_remus.qemu.nodes import Kind, is_ours, kind_of
+from qemu_remus.qemu.process import qemu_process
 
 _GONE_WITHIN: Final = 10.0
 """Seconds that an export or job may take to end."""
@@ -206,8 +207,9 @@ class _Detach:
         return True
 
     async def nbd_server(self) -> None:
-        path = await trio.to_thread.run_sync(find_our_server, self.client.peer)
-        if path is None or (self.pair is not None and path != socket_path(path.parent, self.pair, self.client.peer)):
+        qemu = await qemu_process(self.client)
+        path = await trio.to_thread.run_sync(find_our_server, qemu)
+        if path is None or (self.pair is not None and path != socket_path(path.parent, self.pair, qemu)):
             return
         users = [
             entry["id"] for entry in await self.client.execute(commands.query_block_exports()) if entry["type"] == "nbd"

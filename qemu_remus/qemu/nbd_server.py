@@ -89,17 +89,18 @@ def foreign_exports(query_block_exports: Iterable[Mapping[str, Any]]) -> list[st
     return [entry["id"] for entry in query_block_exports if entry["type"] == "nbd" and not is_ours(entry["id"])]
 
 
-async def start_server(client: QmpClient, runtime_dir: Path, pair: PairName) -> Path:
+async def start_server(client: QmpClient, qemu: PeerCredentials, runtime_dir: Path, pair: PairName) -> Path:
     """Start QEMU's NBD server on a socket of ours, or take over the one that a crashed controller left.
 
+    :param qemu: from :func:`qemu_remus.qemu.process.qemu_process`.
     :return: where it listens.
     :raise ConfigError: when the directory's name is too long.
     :raise DiskUnsupported: when somebody else has started the server.
     """
-    left = await trio.to_thread.run_sync(find_our_server, client.peer)
+    left = await trio.to_thread.run_sync(find_our_server, qemu)
     if left is not None:
         return left
-    path = socket_path(runtime_dir, pair, client.peer)
+    path = socket_path(runtime_dir, pair, qemu)
     try:
         await client.execute(commands.nbd_server_start(str(path)))
     except CommandFailed as error:
