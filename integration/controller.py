@@ -169,7 +169,7 @@ async def start_primary(
     :param wait: until its control socket answers.
     """
     here = directory / "primary"
-    here.mkdir(exist_ok=True)
+    (here / "fleece").mkdir(parents=True, exist_ok=True)
     command = [PROGRAM, "primary", "--qmp", str(qmp), "--peer", peer, "--interval", str(interval_ms)]
     command += ["--state-dir", str(here / "state"), "--fleece-dir", str(here / "fleece")]
     command += ["--control", str(here / "control")]

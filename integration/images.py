@@ -18,12 +18,16 @@ def make_image(path: Path, size: int) -> Path:
     return path
 
 
-async def make_ext4(path: Path, size: int) -> Path:
-    """A raw image of ``size`` bytes with an empty ext4 of 4 KiB blocks, which the ledger counts on."""
+async def make_ext4(path: Path, size: int, *, contents: Path | None = None) -> Path:
+    """A raw image of ``size`` bytes with an ext4 of 4 KiB blocks, which the ledger counts on.
+
+    :param contents: directory to copy into it; None: it stays empty.
+    """
     make_image(path, size)
     # everything is initialised here, so that the guest does not write in the background unasked
     lazy = "lazy_itable_init=0,lazy_journal_init=0,nodiscard"
-    await _tool("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-E", lazy, str(path))
+    filled = () if contents is None else ("-d", str(contents))
+    await _tool("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-E", lazy, *filled, str(path))
     return path
 
 

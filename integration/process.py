@@ -125,6 +125,8 @@ async def start_process(
             stderr=err_file,
             env=None if environment is None else os.environ | dict(environment),
             pass_fds=pass_fds,
+            # Ctrl-C is for us alone: we end our children in our own order
+            process_group=0,
         )
     process = Process(popen, command, out, err)
     try:
