@@ -19,6 +19,7 @@ from typing import Final, Protocol, TextIO
 
 from qemu_remus.core.model import Connection, DiskState, Replication, Role
 from qemu_remus.core.report import Checkpoints, Pause, Report, SyncProgress
+from qemu_remus.core.text import one_line
 
 _LABEL: Final = 13
 _BAR: Final = 30
@@ -138,8 +139,8 @@ def render(report: Report, *, width: int = 100, style: Style = PLAIN) -> list[st
     first = headline(report)
     title = f"{first.mood.value}{first.text}{_RESET}" if style.colour else first.text
     lines = [f"{report.pair} ({report.role} here): {title}"]
-    for text in (first.detail, report.reason, advice(report)):
-        lines += textwrap.wrap(text or "", max(20, width), initial_indent="  ", subsequent_indent="  ")
+    for text in (first.detail, one_line(report.reason or ""), advice(report)):
+        lines += textwrap.wrap(text, max(20, width), initial_indent="  ", subsequent_indent="  ")
     lines.append("")
     if report.sync is not None:
         share = _share(report.sync)
@@ -172,7 +173,7 @@ def summary(report: Report) -> str:
     if report.checkpoint.committed is not None:
         parts.append(f"checkpoint {report.checkpoint.committed} committed")
     if report.reason:
-        parts.append(report.reason)
+        parts.append(one_line(report.reason))
     return "; ".join(parts)
 
 

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from qemu_remus.core import errors
 from qemu_remus.core.errors import QemuRemusError
+from qemu_remus.core.text import one_line
 
 
 class ExitCode(IntEnum):
@@ -81,12 +82,13 @@ def report_error(error: BaseException, out: TextIO) -> None:
 def describe(error: BaseException) -> str:
     """An error as ``error: what. Safe. Hint.``"""
     if isinstance(error, QemuRemusError) and not isinstance(error, errors.InternalError):
-        return "error: " + ". ".join([error.what, *map(_sentence, filter(None, (error.safe, error.hint)))])
+        return "error: " + ". ".join([one_line(error.what), *map(_sentence, filter(None, (error.safe, error.hint)))])
     return (
-        f"error: {type(error).__name__}: {error}. This is a defect of qemu-remus: please report it, with the output of "
-        "the same command with --debug"
+        f"error: {type(error).__name__}: {one_line(str(error))}. This is a defect of qemu-remus: please report it, with "
+        "the output of the same command with --debug"
     )
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    line = one_line(text)
+    return line[:1].upper() + line[1:]
