@@ -84,8 +84,8 @@ def describe(error: BaseException) -> str:
     if isinstance(error, QemuRemusError) and not isinstance(error, errors.InternalError):
         return "error: " + ". ".join([one_line(error.what), *map(_sentence, filter(None, (error.safe, error.hint)))])
     return (
-        f"error: {type(error).__name__}: {one_line(str(error))}. This is a defect of qemu-remus: please report it, with "
-        "the output of the same command with --debug"
+        f"error: {type(error).__name__}: {one_line(str(error))}. This is a defect of qemu-remus: please report it, "
+        "with the output of the same command with --debug"
     )
 
 
