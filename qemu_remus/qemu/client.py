@@ -92,7 +92,7 @@ Outcome = Done | Failed | InDoubt
 
 
 class EventStream:
-    """Events of one subscription, oldest first; ends with the connection."""
+    """Events of one subscription, oldest first; ends with the connection, or with the subscription."""
 
     def __init__(self, names: frozenset[str], capacity: int) -> None:
         self._names = names
@@ -128,10 +128,6 @@ class EventStream:
 
     def _end(self) -> None:
         self._send.close()
-
-    def _close(self) -> None:
-        self._send.close()
-        self._receive.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -213,8 +209,10 @@ class QmpClient:
         try:
             with trio.move_on_after(timeout) as scope:
                 scope.shield = any(command.changes_state for command in commands)
-                await self._hand_over(batch)
-                await batch.finished.wait()
+                # Whatever is in _batches when the connection goes is told so; later ones must not begin to wait.
+                if self._failure is None:
+                    await self._hand_over(batch)
+                    await batch.finished.wait()
         finally:
             # From here on the writer must not send it any more.
             batch.withdrawn = True
@@ -245,7 +243,7 @@ class QmpClient:
             yield stream
         finally:
             self._subscriptions.discard(stream)
-            stream._close()
+            stream._end()
 
     async def _negotiate(self, timeout: float) -> None:
         deadline = trio.current_time() + timeout
@@ -303,7 +301,7 @@ class QmpClient:
     async def _write(self) -> None:
         with self._from_callers:
             async for batch in self._from_callers:
-                if batch.withdrawn:
+                if batch.withdrawn or self._failure is not None:
                     continue
                 batch.sending = True
                 pieces = []
