@@ -77,6 +77,7 @@ class SecondaryState:
     :param may_sync: the handshake of this link asks for a full sync.
     :param undo: what held before a full sync that is being prepared.
     :param flushed: the full sync on this link is flushed: an epoch with base "none" may follow.
+    :param unsaved: the failover is decided here, and nobody knows whether a restart would know of it.
     :param askers: failover requests that are to be answered when it is done.
     :param behind: the primary is known, or must be assumed, to have later checkpoints.
     :param reason: why the disks are not up to date; empty while they are.
@@ -102,6 +103,7 @@ class SecondaryState:
     may_sync: bool = False
     undo: SecondaryState | None = None
     failover: Failover | None = None
+    unsaved: bool = False
     askers: tuple[int, ...] = ()
     behind: bool = False
     reason: str = "no primary has connected yet"
@@ -365,7 +367,8 @@ def hello(state: SecondaryState) -> m.Hello:
     """The answer to a primary's hello."""
     return m.Hello(
         pair=state.pair,
-        role=Role.PRIMARY if state.failover is not None else Role.SECONDARY,
+        # A primary that hears of a failover ends for good: it must not be told before that is certain.
+        role=Role.PRIMARY if state.failover is not None and not state.unsaved else Role.SECONDARY,
         instance=state.instance,
         session=0,
         generation=state.generation,
@@ -758,7 +761,7 @@ def _(event: FailoverRequested, state: SecondaryState) -> Step:
     if isinstance(target, ControlError):
         return state, (Answer(event.request, error=target),)
     failover = Failover(target, event.generation)
-    state = replace(state, failover=failover, phase=Phase.FAILING_OVER, askers=(event.request,))
+    state = replace(state, failover=failover, unsaved=True, phase=Phase.FAILING_OVER, askers=(event.request,))
     return state, (SaveFailover(failover),)
 
 
@@ -775,7 +778,7 @@ def _failover_stuck(state: SecondaryState, text: str) -> Step:
     answers = tuple(Answer(asker, error=stuck) for asker in state.askers)
     closing: tuple[Effect, ...] = ()
     if state.link is not None:
-        state, closing = _hang_up(state, RefusalCode.FAILED_OVER, "the secondary is failing over")
+        state, closing = _hang_up(state, RefusalCode.STORAGE_FAILED, text)
     return replace(state, failed=True, reason=text, askers=()), (*closing, *answers)
 
 
@@ -799,6 +802,7 @@ def _failover_again(state: SecondaryState, event: FailoverRequested, failover: F
 def _(event: FailoverSaved, state: SecondaryState) -> Step:
     failover = state.failover
     assert failover is not None
+    state = replace(state, unsaved=False)
     effects: tuple[Effect, ...] = ()
     if state.link is not None:
         text = f"the secondary has failed over to checkpoint {failover.target}"
