@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+from array import array
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,10 @@ MIB = 1024 * KIB
 
 
 def pattern(offset: int, length: int) -> bytes:
-    """Contents without zeroes, different everywhere, of a disk of any size."""
+    """Contents different everywhere, of a disk of any size; no block of it is zero."""
     start = offset // 8
-    words = range(start, (offset + length + 7) // 8)
-    data = b"".join((word + 1).to_bytes(7, "big") + b"\xff" for word in words)
-    return data[offset - 8 * start : offset - 8 * start + length]
+    words = array("Q", range(start + 1, (offset + length + 7) // 8 + 1)).tobytes()
+    return words[offset - 8 * start : offset - 8 * start + length]
 
 
 def map_of(size: int, runs: list[Run], flag: int) -> list[tuple[int, int]]:
