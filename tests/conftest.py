@@ -9,5 +9,5 @@ from hypothesis import HealthCheck, settings
 
 # One machine runs everything: time limits per example would fail for the neighbours' load.
 settings.register_profile("quick", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("long", settings.get_profile("quick"), max_examples=3000)
+settings.register_profile("long", settings.get_profile("quick"), max_examples=1000)
 settings.load_profile(os.environ.get("QEMU_REMUS_HYPOTHESIS", "quick"))

@@ -233,8 +233,8 @@ class _Conversation:
                 self._begin(epoch, base)
 
     def _begin(self, epoch: EpochNumber, base: Base) -> None:
-        if epoch <= self._highest:
-            raise _Illegal(f"epoch {epoch} comes after epoch {self._highest}")
+        if epoch <= self._highest or epoch == self._held:
+            raise _Illegal(f"epoch {epoch} was there before")
         if (base is None) != self._syncing or (base is not None and base >= epoch):
             raise _Illegal(
                 f"epoch {epoch} cannot build on base {base} {'during' if self._syncing else 'without'} a sync"
@@ -284,7 +284,7 @@ class _Conversation:
                 self._epoch = epoch
                 self.state = State.IN_DOUBT
                 return
-            case m.CommitEpoch() if epoch in (self._committed, self._refused):
+            case m.CommitEpoch() if epoch == self._refused or epoch <= (self._committed or 0):
                 self._repeated[epoch] += 1
                 return
             case m.AbortEpoch() if between and epoch in (self._held, self._refused):

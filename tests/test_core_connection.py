@@ -1,0 +1,634 @@
+"""The conversation: two connections coupled without I/O, and readers fed whole, in pieces, cut, damaged and too much.
+
+A script is a list of ``(speaker, message)``; each message is sent by one end and taken by the other at once, unless a
+test delays it on purpose.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from itertools import pairwise
+from random import Random
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qemu_remus.core import messages as m
+from qemu_remus.core import wire
+from qemu_remus.core.connection import (
+    NEED_DATA,
+    RECEIVE_LIMIT,
+    SPEAKER,
+    TABLE,
+    Connection,
+    ConnectionClosed,
+    Side,
+    State,
+)
+from qemu_remus.core.errors import LocalProtocolError, RefusalCode, RemoteProtocolError, VersionMismatch
+from qemu_remus.core.extents import Extent
+from qemu_remus.core.model import Base, DiskName, DiskSpec, EpochNumber, Generation, Role
+
+from .message_strategies import hello
+
+P, S = Role.PRIMARY, Role.SECONDARY
+OTHER = {P: S, S: P}
+Script = list[tuple[Role, m.Message]]
+
+E5, E6, E7, E8 = map(EpochNumber, (5, 6, 7, 8))
+GENERATION = Generation(UUID(int=77))
+DISKS = (DiskSpec(DiskName("vda"), 1 << 20),)
+FULL = RefusalCode.NO_SPACE
+
+
+class Pair:
+    """Two ends; what one sends waits in ``wires`` until it is delivered."""
+
+    def __init__(self, *, staged: Base = None, handshake: bool = True) -> None:
+        self.ends = {P: Connection(P), S: Connection(S)}
+        self.wires: dict[Role, deque[bytes]] = {P: deque(), S: deque()}
+        for role, end in self.ends.items():
+            self.wires[role].append(end.start())
+        if handshake:
+            self.run([(P, hello(P)), (S, hello(S, staged=staged))])
+
+    def send(self, speaker: Role, message: m.Message) -> None:
+        self.wires[speaker].append(b"".join(self.ends[speaker].send(message)))
+
+    def deliver(self, speaker: Role) -> list[m.Message]:
+        """Bring everything that this side has sent to the other one."""
+        end = self.ends[OTHER[speaker]]
+        while self.wires[speaker]:
+            end.receive_data(self.wires[speaker].popleft())
+        events = []
+        while (event := end.next_event()) is not NEED_DATA:
+            assert not isinstance(event, ConnectionClosed)
+            events.append(event)
+        return events
+
+    def run(self, script: Script) -> None:
+        for speaker, message in script:
+            self.send(speaker, message)
+            assert self.deliver(speaker) == [message]
+
+    def copy(self) -> Pair:
+        return copy.deepcopy(self)
+
+
+def begin(epoch: EpochNumber = E6, base: Base = E5) -> m.EpochBegin:
+    return m.EpochBegin(epoch, base)
+
+
+def extents(epoch: EpochNumber = E6) -> m.EpochExtents:
+    return m.EpochExtents(epoch, (Extent(0, 4096, 3), Extent(0, 8192, 512, True)), b"abc")
+
+
+def end(epoch: EpochNumber = E6, *, commit: bool = False, count: int = 2) -> m.EpochEnd:
+    return m.EpochEnd(epoch, count, 3 if count else 0, 0, commit)
+
+
+def refused(epoch: EpochNumber = E6) -> m.EpochRefused:
+    return m.EpochRefused(epoch, FULL, "full")
+
+
+SYNC: Script = [(P, m.SyncBegin(GENERATION, DISKS)), (S, m.SyncReady((True,)))]
+FLUSHED: Script = [
+    *SYNC,
+    (P, m.SyncExtents((Extent(0, 0, 2),), b"ab")),
+    (P, m.SyncFlush(1)),
+    (S, m.SyncFlushed(1)),
+]
+STAGED: Script = [(P, begin()), (P, extents()), (P, end()), (S, m.EpochStaged(E6))]
+
+
+# --- conversations that work -----------------------------------------------------------------------------------------
+
+
+def test_a_full_copy_and_its_first_checkpoint_then_ordinary_ones() -> None:
+    pair = Pair()
+    pair.run(FLUSHED)
+    pair.run([(P, begin(E6, None)), (P, extents()), (P, end(commit=True)), (S, m.Committed(E6))])
+    pair.run([(P, begin(E7, E6)), (P, end(E7, count=0, commit=True)), (S, m.Committed(E7))])
+    pair.run([(S, m.Heartbeat(committed=E7)), (P, m.Heartbeat(captured=E8))])
+    pair.run([(P, m.Goodbye(RefusalCode.SHUTTING_DOWN, "done")), (S, m.Goodbye(RefusalCode.SHUTTING_DOWN, "done"))])
+
+
+def test_a_toolstack_stages_then_commits_or_aborts() -> None:
+    pair = Pair()
+    pair.run([*STAGED, (P, m.CommitEpoch(E6)), (S, m.Committed(E6))])
+    pair.run([(P, begin(E7, E6)), (P, end(E7, count=0)), (S, m.EpochStaged(E7))])
+    pair.run([(P, m.AbortEpoch(E7)), (S, m.EpochAborted(E7))])
+    pair.run([(P, begin(E8, E6)), (P, m.AbortEpoch(E8)), (S, m.EpochAborted(E8))])
+
+
+def test_a_failed_first_checkpoint_can_be_tried_again_without_a_second_copy() -> None:
+    pair = Pair()
+    pair.run([*FLUSHED, (P, begin(E6, None)), (S, refused())])
+    assert pair.ends[P].state is pair.ends[S].state is State.SYNCING
+    pair.run([(P, begin(E7, None)), (P, m.AbortEpoch(E7)), (S, m.EpochAborted(E7))])
+    pair.run([(P, begin(E8, None)), (P, end(E8, count=0, commit=True)), (S, m.Committed(E8))])
+    assert pair.ends[P].state is pair.ends[S].state is State.IDLE
+
+
+@pytest.mark.parametrize("answer", [m.Committed(E6), refused()])
+def test_an_epoch_staged_on_an_earlier_link_can_be_committed(answer: m.Message) -> None:
+    pair = Pair(staged=E6)
+    pair.run([(P, m.CommitEpoch(E6)), (S, answer), (P, begin(E7))])
+
+
+def test_an_epoch_staged_on_an_earlier_link_can_be_aborted_or_passed_over() -> None:
+    pair = Pair(staged=E6)
+    pair.run([(P, m.AbortEpoch(E6)), (S, m.EpochAborted(E6)), (P, begin(E7))])
+    pair = Pair(staged=E6)
+    with pytest.raises(LocalProtocolError):
+        pair.copy().send(P, begin(E6))
+    pair.run([(P, begin(E7)), (P, end(E7, count=0, commit=True)), (S, m.Committed(E7))])
+    with pytest.raises(LocalProtocolError):
+        pair.send(P, m.CommitEpoch(E6))
+
+
+def test_a_repeated_commit_is_answered_each_time() -> None:
+    pair = Pair()
+    pair.run([*STAGED, (P, m.CommitEpoch(E6)), (P, m.CommitEpoch(E6)), (S, m.Committed(E6))])
+    pair.run([(P, m.CommitEpoch(E6)), (S, m.Committed(E6)), (P, begin(E7, E6)), (S, m.Committed(E6))])
+    with pytest.raises(LocalProtocolError):
+        pair.send(S, m.Committed(E6))
+
+
+# --- messages that cross ---------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_may_meet_extents_that_are_still_coming() -> None:
+    pair = Pair()
+    pair.run([(P, begin()), (P, extents())])
+    pair.send(S, refused())
+    pair.send(P, extents())
+    pair.send(P, m.EpochEnd(E6, 4, 6, 0, True))
+    assert len(pair.deliver(P)) == 2
+    assert pair.deliver(S) == [refused()]
+    pair.run([(P, extents()), (P, begin(E7)), (P, extents(E7)), (P, end(E7)), (S, m.EpochStaged(E7))])
+
+
+def test_an_abort_may_meet_the_answer_that_it_overtook_and_need_not_be_waited_for() -> None:
+    for answer in (m.EpochStaged(E6), refused()):
+        pair = Pair()
+        pair.run([(P, begin()), (P, extents()), (P, end())])
+        pair.send(S, answer)
+        pair.send(P, m.AbortEpoch(E6))
+        pair.send(P, begin(E7))
+        assert pair.deliver(P) == [m.AbortEpoch(E6), begin(E7)]
+        assert pair.deliver(S) == [answer]
+        pair.run([(P, extents(E7)), (S, m.EpochAborted(E6)), (P, end(E7)), (S, m.EpochStaged(E7))])
+
+
+def test_the_secondary_may_finish_staging_after_the_abort_has_arrived() -> None:
+    pair = Pair()
+    pair.run([(P, begin()), (P, extents()), (P, end()), (P, m.AbortEpoch(E6))])
+    pair.run([(S, m.EpochStaged(E6)), (S, m.EpochAborted(E6)), (P, begin(E7))])
+
+
+def test_an_abort_of_an_epoch_refused_meanwhile_is_answered_too() -> None:
+    pair = Pair()
+    pair.run([(P, begin())])
+    pair.send(S, refused())
+    assert pair.deliver(S) == [refused()]
+    pair.run([(P, m.AbortEpoch(E6)), (S, m.EpochAborted(E6))])
+
+
+LINES: dict[Role, list[m.Message]] = {
+    P: [
+        m.SyncBegin(GENERATION, DISKS),
+        m.SyncExtents((), b""),
+        m.SyncFlush(1),
+        m.SyncFlush(2),
+        *(m.EpochBegin(epoch, base) for epoch in map(EpochNumber, range(6, 16)) for base in (None, E5)),
+        *(
+            kind(epoch)
+            for kind in (
+                lambda epoch: m.EpochExtents(epoch, (), b""),
+                lambda epoch: m.EpochEnd(epoch, 0, 0, 0, False),
+                lambda epoch: m.EpochEnd(epoch, 0, 0, 0, True),
+                m.CommitEpoch,
+                m.AbortEpoch,
+            )
+            for epoch in map(EpochNumber, range(5, 16))
+        ),
+    ],
+    S: [
+        m.SyncReady((True,)),
+        m.SyncFlushed(1),
+        m.SyncFlushed(2),
+        *(
+            kind(epoch)
+            for kind in (m.EpochStaged, m.Committed, m.EpochAborted, refused)
+            for epoch in map(EpochNumber, range(5, 16))
+        ),
+    ],
+}
+
+
+def try_to_send(pair: Pair, speaker: Role, message: m.Message) -> bool:
+    """Send it if it may be sent; else leave everything as it was."""
+    end = pair.ends[speaker]
+    talk = {name: copy.copy(value) for name, value in vars(end._talk).items()}
+    try:
+        pair.send(speaker, message)
+    except LocalProtocolError:
+        vars(end._talk).update(talk)
+        end.our_side = Side.TALKING
+        return False
+    return True
+
+
+@given(
+    st.sampled_from([None, E6]),
+    st.lists(st.tuples(st.sampled_from([P, S]), st.integers(0, 3)), max_size=80),
+    st.randoms(),
+)
+def test_whatever_one_side_lets_itself_send_the_other_takes_however_late_it_comes(
+    staged: Base, steps: list[tuple[Role, int]], random: Random
+) -> None:
+    """The two sides' records may differ while messages are under way; never so that one blames the other."""
+    pair = Pair(staged=staged)
+    for speaker, action in steps:
+        if action == 0:
+            pair.deliver(speaker)
+            continue
+        lines = LINES[speaker]
+        any(try_to_send(pair, speaker, message) for message in random.sample(lines, len(lines)))
+    pair.deliver(P)
+    pair.deliver(S)
+    assert pair.ends[P].state is pair.ends[S].state
+
+
+# --- what may not be said --------------------------------------------------------------------------------------------
+
+SCRIPTS: dict[State, Script] = {
+    State.IDLE: [],
+    State.SYNC_ASKED: SYNC[:1],
+    State.SYNCING: FLUSHED,
+    State.OPEN: [(P, begin()), (P, extents())],
+    State.ENDED: [(P, begin()), (P, extents()), (P, end())],
+    State.STAGED: STAGED,
+    State.IN_DOUBT: [*STAGED, (P, m.CommitEpoch(E6))],
+}
+
+SENSIBLE: dict[type, m.Message] = {
+    m.SyncBegin: m.SyncBegin(GENERATION, DISKS),
+    m.SyncReady: m.SyncReady((True,)),
+    m.SyncExtents: m.SyncExtents((), b""),
+    m.SyncFlush: m.SyncFlush(3),
+    m.SyncFlushed: m.SyncFlushed(3),
+    m.EpochBegin: begin(),
+    m.EpochExtents: extents(),
+    m.EpochEnd: end(),
+    m.EpochStaged: m.EpochStaged(E6),
+    m.CommitEpoch: m.CommitEpoch(E6),
+    m.Committed: m.Committed(E6),
+    m.AbortEpoch: m.AbortEpoch(E6),
+    m.EpochAborted: m.EpochAborted(E6),
+    m.EpochRefused: refused(),
+}
+
+MAY: dict[State, set[type]] = {
+    State.IDLE: {m.SyncBegin, m.EpochBegin},
+    State.SYNC_ASKED: {m.SyncReady},
+    State.SYNCING: {m.SyncExtents, m.SyncFlush, m.EpochBegin},
+    State.OPEN: {m.EpochExtents, m.EpochEnd, m.AbortEpoch, m.EpochRefused},
+    State.ENDED: {m.AbortEpoch, m.EpochStaged, m.EpochRefused},
+    State.STAGED: {m.CommitEpoch, m.AbortEpoch},
+    State.IN_DOUBT: {m.CommitEpoch, m.Committed, m.EpochRefused},
+}
+"""Written down a second time, so that the table cannot change unnoticed."""
+
+
+def forged(message: m.Message, number: int) -> bytes:
+    """What a peer without our checks would send."""
+    return b"".join(wire.encode(message, number))
+
+
+@pytest.mark.parametrize("kind", SENSIBLE, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("state", SCRIPTS, ids=lambda state: state.name)
+def test_what_does_not_fit_the_state_is_neither_sent_nor_taken(state: State, kind: type) -> None:
+    pair = Pair()
+    pair.run(SCRIPTS[state])
+    assert pair.ends[P].state is pair.ends[S].state is state
+    message = SENSIBLE[kind]
+    if kind is m.EpochBegin and state is State.SYNCING:
+        message = begin(E6, None)
+    if kind is m.EpochEnd and state is State.OPEN:
+        message = end()
+    speaker = SPEAKER[kind]
+    if kind in MAY[state]:
+        pair.run([(speaker, message)])
+        return
+    number = pair.ends[speaker]._sent
+    receiver = pair.ends[OTHER[speaker]]
+    receiver.receive_data(forged(message, number))
+    with pytest.raises(RemoteProtocolError, match=kind.__name__):
+        receiver.next_event()
+    with pytest.raises(LocalProtocolError, match=kind.__name__):
+        pair.ends[speaker].send(message)
+
+
+@pytest.mark.parametrize("kind", SENSIBLE, ids=lambda kind: kind.__name__)
+def test_nobody_says_the_other_sides_lines_or_anything_before_both_hellos(kind: type) -> None:
+    message, speaker = SENSIBLE[kind], SPEAKER[kind]
+    pair = Pair(handshake=False)
+    with pytest.raises(LocalProtocolError):
+        pair.ends[OTHER[speaker]].send(message)
+    pair = Pair(handshake=False)
+    pair.run([(speaker, hello(speaker))])
+    with pytest.raises(LocalProtocolError):
+        pair.ends[speaker].send(message)
+
+
+def test_every_message_has_a_speaker_or_belongs_to_both_and_every_state_is_tried() -> None:
+    assert set(m.Message.__args__) == set(SPEAKER) | {m.Hello, m.Heartbeat, m.Goodbye}
+    assert set(SENSIBLE) == set(SPEAKER)
+    assert set(SCRIPTS) | {State.HANDSHAKE} == set(State) == set(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ([], begin(E6, E6)),
+        ([], begin(E6, None)),
+        ([(P, begin()), (P, m.AbortEpoch(E6))], begin(E6)),
+        (FLUSHED, begin(E6, E5)),
+        (SYNC, begin(E6, None)),
+        ([*FLUSHED, (P, m.SyncExtents((), b""))], begin(E6, None)),
+        ([*FLUSHED, (P, m.SyncFlush(2))], begin(E6, None)),
+        (SYNC, m.SyncExtents((Extent(1, 0, 1),), b"a")),
+        (SYNC, m.SyncExtents((Extent(0, 1 << 20, 1),), b"a")),
+        ([(P, begin())], m.EpochExtents(E6, (Extent(0, (1 << 20) - 1, 2, True),), b"")),
+        ([(P, begin())], m.EpochExtents(E7, (), b"")),
+        ([(P, begin()), (P, extents())], end(count=0)),
+        ([(P, begin()), (P, extents())], m.EpochEnd(E6, 2, 4, 0, False)),
+        ([(P, begin()), (P, extents()), (P, end(commit=True))], m.AbortEpoch(E6)),
+        ([*STAGED, (P, m.CommitEpoch(E6))], m.AbortEpoch(E6)),
+        ([*STAGED, (P, m.CommitEpoch(E6))], begin(E7)),
+        (STAGED, m.CommitEpoch(E7)),
+        ([*SYNC, (P, m.SyncFlush(1)), (P, m.SyncFlush(2))], m.SyncFlushed(2)),
+        ([(P, m.SyncBegin(GENERATION, DISKS))], m.SyncReady((True, True))),
+        ([], m.SyncBegin(GENERATION, (DiskSpec(DiskName("vdb"), 1 << 20),))),
+    ],
+    ids=[
+        "base not before epoch",
+        "no base without a sync",
+        "number used twice",
+        "a base in a sync",
+        "sync never flushed",
+        "sync not flushed to its end",
+        "flush not answered",
+        "no such disk",
+        "behind the disk's end",
+        "over the disk's end",
+        "extents of another epoch",
+        "fewer extents counted",
+        "more bytes counted",
+        "abort after a committing end",
+        "abort after commit",
+        "next epoch while in doubt",
+        "commit of another epoch",
+        "flushes answered out of order",
+        "answer for another number of disks",
+        "sync of other disks",
+    ],
+)
+def test_numbers_that_do_not_fit_are_neither_sent_nor_taken(script: Script, message: m.Message) -> None:
+    pair = Pair()
+    pair.run(script)
+    speaker = SPEAKER[type(message)]
+    receiver = pair.ends[OTHER[speaker]]
+    receiver.receive_data(forged(message, pair.ends[speaker]._sent))
+    with pytest.raises(RemoteProtocolError):
+        receiver.next_event()
+    with pytest.raises(LocalProtocolError):
+        pair.ends[speaker].send(message)
+
+
+# --- after an error --------------------------------------------------------------------------------------------------
+
+
+def test_after_a_local_error_nothing_can_be_sent_but_one_goodbye() -> None:
+    pair = Pair()
+    with pytest.raises(LocalProtocolError):
+        pair.send(P, m.CommitEpoch(E7))
+    assert pair.ends[P].our_side is Side.ERROR
+    with pytest.raises(LocalProtocolError):
+        pair.send(P, m.Heartbeat())
+    goodbye = m.Goodbye(RefusalCode.PROTOCOL, "a defect")
+    pair.run([(P, goodbye)])
+    with pytest.raises(LocalProtocolError):
+        pair.send(P, goodbye)
+
+
+def test_a_message_over_a_limit_is_a_local_error_too() -> None:
+    pair = Pair()
+    with pytest.raises(LocalProtocolError):
+        pair.send(P, m.Heartbeat(backlog=-1))
+    assert pair.ends[P].our_side is Side.ERROR
+
+
+def test_after_a_remote_error_nothing_is_taken_and_our_direction_still_works() -> None:
+    pair = Pair()
+    secondary = pair.ends[S]
+    secondary.receive_data(b"garbage that is longer than a header" + forged(m.Heartbeat(), 1))
+    for _ in range(3):
+        with pytest.raises(RemoteProtocolError, match="garbage"):
+            secondary.next_event()
+    secondary.receive_data(forged(m.Heartbeat(), 1) * 1000)
+    assert not secondary._buffer
+    assert secondary.their_side is Side.ERROR
+    pair.run([(S, m.Heartbeat()), (S, m.Goodbye(RefusalCode.PROTOCOL, "you sent garbage"))])
+
+
+def test_another_version_stays_a_version_mismatch() -> None:
+    secondary = Connection(S)
+    secondary.receive_data(b"QEMU-REMUS/2 replication\r\n")
+    for _ in range(2):
+        with pytest.raises(VersionMismatch):
+            secondary.next_event()
+
+
+def test_frames_lost_or_repeated_are_noticed() -> None:
+    for number in (0, 2):
+        pair = Pair()
+        pair.ends[S].receive_data(forged(m.Heartbeat(), number))
+        with pytest.raises(RemoteProtocolError, match=f"frame {number} came instead of frame 1"):
+            pair.ends[S].next_event()
+
+
+def test_nothing_comes_before_the_banner_nor_after_a_goodbye() -> None:
+    with pytest.raises(LocalProtocolError):
+        Connection(P).send(hello(P))
+    twice = Connection(P)
+    twice.start()
+    with pytest.raises(LocalProtocolError):
+        twice.start()
+    pair = Pair()
+    pair.run([(P, m.Goodbye(RefusalCode.SHUTTING_DOWN, "done"))])
+    with pytest.raises(LocalProtocolError):
+        pair.send(P, m.Heartbeat())
+    pair.ends[S].receive_data(b"x")
+    with pytest.raises(RemoteProtocolError, match="goodbye"):
+        pair.ends[S].next_event()
+
+
+def test_a_goodbye_may_come_in_place_of_a_hello() -> None:
+    Pair(handshake=False).run([(S, m.Goodbye(RefusalCode.OTHER_PRIMARY, "another one is connected"))])
+
+
+def test_a_second_hello_and_a_heartbeat_before_the_first_are_refused() -> None:
+    pair = Pair()
+    with pytest.raises(LocalProtocolError):
+        pair.send(P, hello(P))
+    pair = Pair(handshake=False)
+    with pytest.raises(LocalProtocolError):
+        pair.send(P, m.Heartbeat())
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+CONVERSATION: list[m.Message] = [
+    hello(P),
+    m.Heartbeat(captured=E6),
+    begin(),
+    extents(),
+    m.EpochExtents(E6, (Extent(0, 0, 70_000),), bytes(range(250)) * 280),
+    m.EpochEnd(E6, 3, 70_003, 1, True),
+]
+
+
+def listening() -> Connection:
+    """A secondary that has said hello."""
+    secondary = Connection(S)
+    secondary.start()
+    secondary.send(hello(S))
+    return secondary
+
+
+def spoken() -> bytes:
+    primary = Connection(P)
+    raw = primary.start()
+    secondary = Connection(S)
+    for message in CONVERSATION:
+        raw += b"".join(primary.send(message))
+        if isinstance(message, m.Hello):
+            primary.receive_data(secondary.start() + b"".join(secondary.send(hello(S))))
+            primary.next_event()
+    return raw
+
+
+SPOKEN = spoken()
+
+
+def events(reader: Connection) -> list[object]:
+    """All that is there, and whether the end was reached."""
+    found: list[object] = []
+    while (event := reader.next_event()) is not NEED_DATA:
+        found.append(event)
+        if isinstance(event, ConnectionClosed):
+            break
+    return found
+
+
+def test_a_reader_fed_whole_or_byte_by_byte_hears_the_same() -> None:
+    whole = listening()
+    whole.receive_data(SPOKEN)
+    assert events(whole) == CONVERSATION
+    bytewise = listening()
+    heard: list[object] = []
+    for number in range(len(SPOKEN)):
+        bytewise.receive_data(SPOKEN[number : number + 1])
+        heard += events(bytewise)
+    assert heard == CONVERSATION
+
+
+@given(st.lists(st.integers(0, len(SPOKEN)), max_size=10))
+def test_a_reader_fed_in_any_pieces_hears_the_same(cuts: list[int]) -> None:
+    reader = listening()
+    heard: list[object] = []
+    edges = [0, *sorted(cuts), len(SPOKEN)]
+    for start, stop in pairwise(edges):
+        if start != stop:
+            reader.receive_data(memoryview(SPOKEN)[start:stop])
+            heard += events(reader)
+    assert heard == CONVERSATION
+
+
+@given(st.integers(0, len(SPOKEN)))
+def test_a_reader_cut_off_anywhere_hears_what_was_complete_and_that_it_was_cut(length: int) -> None:
+    reader = listening()
+    if length:
+        reader.receive_data(SPOKEN[:length])
+    reader.receive_data(b"")
+    *heard, last = events(reader)
+    assert heard == CONVERSATION[: len(heard)]
+    boundaries = {0, len(wire.BANNER)}
+    position = len(wire.BANNER)
+    for number, message in enumerate(CONVERSATION):
+        position += len(forged(message, number))
+        boundaries.add(position)
+    assert last == ConnectionClosed(mid_frame=length not in boundaries)
+    assert events(reader) == [last]
+
+
+@given(st.binary(min_size=wire.HEADER_SIZE, max_size=300))
+def test_garbage_behind_good_messages_spoils_none_of_them(garbage: bytes) -> None:
+    reader = listening()
+    reader.receive_data(SPOKEN + garbage)
+    for message in CONVERSATION:
+        assert reader.next_event() == message
+    with pytest.raises(RemoteProtocolError):
+        reader.next_event()
+
+
+@given(st.integers(0, len(SPOKEN) - 1), st.integers(1, 255))
+def test_a_reader_of_a_changed_byte_hears_a_true_beginning_then_a_protocol_error_or_nothing(at: int, by: int) -> None:
+    raw = bytearray(SPOKEN)
+    raw[at] ^= by
+    reader = listening()
+    reader.receive_data(raw)
+    heard: list[object] = []
+    with pytest.raises(RemoteProtocolError):
+        heard.extend(iter(reader.next_event, NEED_DATA))
+    assert heard == CONVERSATION[: len(heard)]
+
+
+@given(st.binary(max_size=400))
+def test_any_first_bytes_are_waited_on_or_a_protocol_error(raw: bytes) -> None:
+    reader = listening()
+    reader.receive_data(raw)
+    try:
+        event = reader.next_event()
+    except RemoteProtocolError:
+        return
+    assert event is NEED_DATA or event == ConnectionClosed(mid_frame=False)
+
+
+def test_what_waits_to_be_heard_is_bounded() -> None:
+    reader = listening()
+    reader.receive_data(SPOKEN)
+    with pytest.raises(LocalProtocolError):
+        reader.receive_data(bytes(RECEIVE_LIMIT - len(SPOKEN) + 1))
+    assert len(reader._buffer) == len(SPOKEN)
+
+
+def test_nothing_can_be_received_after_the_end() -> None:
+    reader = listening()
+    reader.receive_data(b"")
+    with pytest.raises(LocalProtocolError):
+        reader.receive_data(b"x")
+
+
+def test_data_of_a_message_stay_as_they_are_while_more_is_received() -> None:
+    reader = listening()
+    reader.receive_data(SPOKEN)
+    data = [event.data for event in events(reader) if isinstance(event, m.EpochExtents)]
+    reader.receive_data(bytes(100_000))
+    assert [bytes(view) for view in data] == [b"abc", bytes(range(250)) * 280]
