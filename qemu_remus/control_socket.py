@@ -1,7 +1,7 @@
 """The control socket's file: made safely, replaced when its owner is dead, removed on exit.
 
-Owns the file system's side only; what is spoken on it is :mod:`qemu_remus.control`'s.  Everything here is a handful of
-local system calls that do not wait, so nothing here is asynchronous.
+Owns the file system's side only; what is spoken on it is :mod:`qemu_remus.control`'s.  Everything here blocks, for at
+most :data:`LOCK_TIMEOUT`: trio runs it in a thread.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ from qemu_remus.core.errors import ConfigError
 PATH_LIMIT: Final = 107
 """Longest path of a Unix socket on Linux, in bytes."""
 
+LOCK_TIMEOUT: Final = 5.0
+"""Seconds to wait for another controller that makes its socket in the same directory."""
+
+_LOCK_POLL: Final = 0.005
 _TEMPORARY: Final = "~"
 _BACKLOG: Final = 16
 
@@ -84,15 +89,25 @@ def _alone_in(directory: Path) -> Iterator[None]:
     """Keep other controllers out of the directory, so that two do not both find, and replace, the same dead socket."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another process is making a socket in {directory} at this moment", hint="try again"
-            ) from error
+        # Ours hold it for some system calls only, but anybody who may open the directory may lock it.
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while not _locked(fd):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"another process holds a lock on {directory}", hint="choose another directory with --control"
+                )
+            time.sleep(_LOCK_POLL)
         yield
     finally:
         os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _see_that_free(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The control server over real Unix sockets in tmp_path; the clocks of its time-outs are the mock clock's."""
 
+import fcntl
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 
-from qemu_remus import control
+from qemu_remus import control, control_socket
 from qemu_remus.control import ControlServer, Handler
 from qemu_remus.control_client import open_control
 from qemu_remus.core.commands import (
@@ -402,6 +403,36 @@ async def test_a_live_socket_with_a_full_backlog_is_refused_too(path: Path) -> N
         with refused_to_serve("listens on"):
             async with serving(path):
                 pass
+
+
+async def test_controllers_that_start_at_once_in_one_directory_all_get_their_socket(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.sock" for number in range(8)]
+    async with trio.open_nursery() as serving_all:
+
+        async def start(path: Path) -> None:
+            await serving_all.start(ControlServer(path, HANDLERS).serve)
+
+        async with trio.open_nursery() as starting:
+            for each in paths:
+                starting.start_soon(start, each)
+        for each in paths:
+            async with raw(each):
+                pass
+        serving_all.cancel_scope.cancel()
+
+
+async def test_a_directory_that_somebody_else_keeps_locked_is_one_clear_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_socket, "LOCK_TIMEOUT", 0.05)
+    fd = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        with refused_to_serve("holds a lock"):
+            async with serving(path):
+                pass
+    finally:
+        os.close(fd)
 
 
 async def test_a_file_that_is_no_socket_is_refused_and_left_alone(path: Path) -> None:
