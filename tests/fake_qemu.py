@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -258,6 +259,12 @@ class FakeQemu:
 
     def _do_query_status(self) -> Any:
         return {"status": self.status, "running": self.status == "running", "singlestep": False}
+
+    def _do_query_cpus_fast(self) -> Any:
+        # Its threads are ours, as is the socket of its NBD server.
+        return [
+            {"cpu-index": 0, "qom-path": "/machine/unattached/device[0]", "thread-id": os.getpid(), "target": "x86_64"}
+        ]
 
     def _do_stop(self) -> Any:
         if self.status == "running":
