@@ -3,8 +3,8 @@
 Owned here: the socket, deadlines, and what is known about a command's outcome.  What a command means is not.
 
 - A command is never half sent by a cancellation: only the writer task sends.
-- The wait for a command that changes state is shielded from cancellation, until its reply, the end of the connection
-  or its time-out: its outcome must be learned, since cancelling a wait does not cancel the command.
+- Running a command that changes state is no cancellation point: it is waited for until its reply, the end of the
+  connection or its time-out. Its outcome must be learned, since cancelling a wait does not cancel the command.
 - A lost reply to such a command is :class:`CommandInDoubt`; to a query :class:`QemuUnreachable`.  A command that was
   certainly not sent is :class:`QemuUnreachable` too.
 - QEMU drops queued commands when their connection closes, so leaving :func:`open_qmp` with commands outstanding is

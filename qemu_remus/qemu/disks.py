@@ -14,7 +14,7 @@ from typing import Any, Final
 from qemu_remus.core.errors import ConfigError, DiskUnsupported, UnknownDisk
 from qemu_remus.core.model import NAME_LIMIT, DiskName, NodeName, QdevPath
 from qemu_remus.qemu.capabilities import Capabilities, version_text
-from qemu_remus.qemu.nodes import Kind, is_ours, kind_of
+from qemu_remus.qemu.nodes import Kind, clashing, is_ours, kind_of
 
 _NO_NODE: Final = NodeName("")
 _PERIPHERAL: Final = re.compile(r"/machine/peripheral/([^/]+)(?:/virtio-backend)?\Z")
@@ -190,7 +190,7 @@ def choose_disks(
         but those that are removable, read-only, empty or unused.
     :raise UnknownDisk: when the VM has no such disk, or none at all that could be protected.
     :raise DiskUnsupported: when one of them cannot be protected; no writable disk is left out silently.
-    :raise ConfigError: when one disk was named twice.
+    :raise ConfigError: when one disk was named twice, or two names cannot be told apart in QEMU.
     """
     if wanted is None:
         chosen = []
@@ -204,7 +204,7 @@ def choose_disks(
             raise UnknownDisk(
                 "the VM has no writable disk", safe="nothing was started", hint="qemu-remus probe says what it has"
             )
-        return tuple(chosen)
+        return _distinct(chosen)
     chosen = [replace(_find(disks, handle), name=name) for name, handle in wanted.items()]
     for index, disk in enumerate(chosen):
         twin = next((other for other in chosen[:index] if other.qdev == disk.qdev and other.node == disk.node), None)
@@ -215,6 +215,17 @@ def choose_disks(
         problem = obstacle(disk, capabilities)
         if problem is not None:
             raise _unsupported(disk, problem)
+    return _distinct(chosen)
+
+
+def _distinct(chosen: Sequence[VmDisk]) -> tuple[VmDisk, ...]:
+    clash = clashing(disk.name for disk in chosen)
+    if clash is not None:
+        raise ConfigError(
+            f"disks {clash[0]} and {clash[1]} would get nodes of the same name in QEMU",
+            safe="nothing was started",
+            hint="give one of them another name with --disk NAME=NODE",
+        )
     return tuple(chosen)
 
 

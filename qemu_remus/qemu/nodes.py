@@ -15,6 +15,7 @@ bitmap's name says in full what the bitmap means.  Nothing whose name does not p
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
@@ -107,6 +108,16 @@ def export_id(pair: PairName, disk: DiskName, epoch: EpochNumber) -> str:
 def live_export_id(pair: PairName, disk: DiskName) -> str:
     """The NBD export of the live disk for the initial sync: there is no epoch 0, so no other export has its name."""
     return _node(pair, Kind.EXPORT, disk, 0)
+
+
+def clashing(disks: Iterable[DiskName]) -> tuple[DiskName, DiskName] | None:
+    """Two disks of one pair whose nodes would have the same names (one chance in 65,536); None where there are none."""
+    seen: dict[str, DiskName] = {}
+    for disk in disks:
+        other = seen.setdefault(_digest(disk, 4), disk)
+        if other is not disk:
+            return other, disk
+    return None
 
 
 def kind_of(name: str) -> Kind | None:
