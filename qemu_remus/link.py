@@ -10,8 +10,9 @@ delivered first; then whoever receives learns the reason.
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -381,10 +382,10 @@ async def open_link(
     )
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(link._write)
-            nursery.start_soon(link._read)
-            nursery.start_soon(link._beat)
-            nursery.start_soon(link._watch_body)
+            # Shielded: what cancels the body must not cut off the frame under way, nor the goodbye.
+            scopes = [trio.CancelScope(shield=True) for _ in range(4)]
+            for scope, task in zip(scopes, (link._write, link._read, link._beat, link._watch_body), strict=True):
+                nursery.start_soon(_within, scope, task)
             orderly = False
             try:
                 with link._body:
@@ -394,12 +395,18 @@ async def open_link(
                     raise link._failure
             finally:
                 await link._wind_down(orderly=orderly)
-                nursery.cancel_scope.cancel()
+                for scope in scopes:
+                    scope.cancel()
     except BaseExceptionGroup as group:
         plain = _plain(group, link._failure)
         raise plain from plain.__cause__
     finally:
         await trio.aclose_forcefully(stream)
+
+
+async def _within(scope: trio.CancelScope, task: Callable[[], Awaitable[None]]) -> None:
+    with scope:
+        await task()
 
 
 def _plain(group: BaseExceptionGroup[BaseException], reason: LinkError | None) -> BaseException:
@@ -426,6 +433,13 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
+def _reason(error: OSError) -> str:
+    """The error without the words that trio puts before it; name resolution's numbers are not the system's."""
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return error.strerror or str(error)
+
+
 async def connect(host: str, port: int, *, timeout: float = 5.0) -> trio.SocketStream:
     """Connect to the secondary; small messages are sent at once (TCP_NODELAY).
 
@@ -442,7 +456,7 @@ async def connect(host: str, port: int, *, timeout: float = 5.0) -> trio.SocketS
         cause: Exception | None = None
     except OSError as error:
         causes = [leaf for leaf in _leaves(error.__cause__ or error) if isinstance(leaf, OSError)]
-        why = "; ".join(dict.fromkeys(leaf.strerror or str(leaf) for leaf in causes)) or str(error)
+        why = "; ".join(dict.fromkeys(map(_reason, causes))) or str(error)
         cause = error
     raise PeerUnreachable(
         f"cannot connect to {address}: {why}",
