@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from qemu_remus.core.errors import NbdConnectionLost, NbdProtocolError
+from qemu_remus.core.errors import NbdConnectionLost
 from qemu_remus.nbd.negotiation import ExportInfo
 from qemu_remus.nbd.protocol import Event, NbdSession, Negotiated, RequestError, StatusReply
 
@@ -121,16 +121,15 @@ async def open_nbd(
         with trio.fail_after(timeout):
             await sock.connect(str(path))
             await client._negotiate()
-    except trio.TooSlowError:
+    except BaseException as error:
         sock.close()
-        raise NbdConnectionLost(f"the NBD server at {path} did not finish its handshake in {timeout:g} s") from None
-    except OSError as error:
-        sock.close()
-        raise NbdConnectionLost(
-            f"no connection to the NBD server at {path}: {error}", hint="see that QEMU runs and exports the disk there"
-        ) from error
-    except (trio.Cancelled, NbdProtocolError, NbdConnectionLost):
-        sock.close()
+        if isinstance(error, trio.TooSlowError):
+            raise NbdConnectionLost(f"the NBD server at {path} did not finish its handshake in {timeout:g} s") from None
+        if isinstance(error, OSError):
+            raise NbdConnectionLost(
+                f"no connection to the NBD server at {path}: {error}",
+                hint="see that QEMU runs and exports the disk there",
+            ) from error
         raise
     return client
 
