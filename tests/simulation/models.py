@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, replace
 
 from qemu_remus.core import messages as m
 from qemu_remus.core import secondary_machine as secondary
+from qemu_remus.core.connection import Connection, ConnectionClosed, NeedData
 from qemu_remus.core.extents import Extent
-from qemu_remus.core.model import Base, DiskName, DiskSpec, EpochNumber, Generation, InstanceId, PairName
+from qemu_remus.core.model import Base, DiskName, DiskSpec, EpochNumber, Generation, InstanceId, PairName, Role
 from qemu_remus.core.primary_machine import Recording
 
 DISKS = 2
 BLOCKS = 4
 """Per disk. Few, so that epochs overlap all the time."""
 
-BLOCK = 8
+BLOCK = 512
 """Bytes: one number, which no two writes share; 0 is a block of zeroes."""
 
 SPECS = tuple(DiskSpec(DiskName(f"disk{disk}"), BLOCKS * BLOCK) for disk in range(DISKS))
@@ -130,16 +131,24 @@ class Qemu:
 # --- the link --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Link:
-    """One connection: two queues, in order. Cut, it loses what is in flight, and both ends learn of it some time."""
+    """One connection: two queues, in order. Cut, it loses what is in flight, and both ends learn of it some time.
 
-    number: int
-    to_primary: deque[m.Message] = field(default_factory=deque)
-    to_secondary: deque[m.Message] = field(default_factory=deque)
-    primary_open: bool = True
-    secondary_open: bool = True
-    cut_off: bool = False
+    Messages pass through real :class:`Connection` objects, so that whatever the machines say is judged by the
+    protocol's own table, and travels as bytes.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.to_primary: deque[bytes] = deque()
+        self.to_secondary: deque[bytes] = deque()
+        self.primary_open = True
+        self.secondary_open = True
+        self.cut_off = False
+        self._primary = Connection(Role.PRIMARY)
+        self._secondary = Connection(Role.SECONDARY)
+        self._primary.receive_data(self._secondary.start())
+        self._secondary.receive_data(self._primary.start())
 
     def cut(self) -> None:
         self.cut_off = True
@@ -148,11 +157,23 @@ class Link:
 
     def from_primary(self, message: m.Message) -> None:
         if self.primary_open and not self.cut_off:
-            self.to_secondary.append(message)
+            self.to_secondary.append(b"".join(self._primary.send(message)))
 
     def from_secondary(self, message: m.Message) -> None:
         if self.secondary_open and not self.cut_off:
-            self.to_primary.append(message)
+            self.to_primary.append(b"".join(self._secondary.send(message)))
+
+    def at_primary(self) -> m.Message:
+        return self._next(self._primary, self.to_primary)
+
+    def at_secondary(self) -> m.Message:
+        return self._next(self._secondary, self.to_secondary)
+
+    def _next(self, end: Connection, queue: deque[bytes]) -> m.Message:
+        end.receive_data(queue.popleft())
+        message = end.next_event()
+        assert not isinstance(message, NeedData | ConnectionClosed)
+        return message
 
     @property
     def down_at_primary(self) -> bool:
