@@ -103,6 +103,8 @@ class FakeQemu:
         self.hang_up_before: set[str] = set()
         self.hang_up_after: set[str] = set()
         """Commands at which the connection ends, before or after they are done, without a reply."""
+        self.stuck: set[str] = set()
+        """Exports and jobs that never end when asked to."""
         self._refusals: Counter[tuple[str, str]] = Counter()
         self._pending: list[dict[str, Any]] = []
         self._stream: trio.abc.Stream | None = None
@@ -132,6 +134,15 @@ class FakeQemu:
         properties = {"type": "virtio-blk-device", "iothread": iothread, "parent_bus": "/machine/peripheral/x/bus"}
         self.devices[qdev] = Device(qdev, device, node, properties=properties)
         self.qom[qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"] = properties
+
+    def put_over(self, qdev: str, name: str, driver: str = "qcow2") -> None:
+        """Another tool puts a node over whatever the device has: an overlay, a throttle."""
+        device = self.devices[qdev]
+        assert device.node is not None
+        below = self.nodes[device.node]
+        edge = "backing" if driver == "qcow2" else "file"
+        self.nodes[name] = Node(name, driver, below.size, filename=f"/images/{name}", children={edge: below.name})
+        device.node = name
 
     def refuse(self, command: str, desc: str = "refused by the test", *, times: int = 1) -> None:
         """Refuse the next commands of a name."""
@@ -515,7 +526,8 @@ class FakeQemu:
     def _do_block_export_del(self, id: str, mode: str = "safe") -> Any:
         if id not in self.exports:
             raise Refusal(f"Export '{id}' is not found")
-        self._drop_export(id)
+        if id not in self.stuck:
+            self._drop_export(id)
         return {}
 
     def _drop_export(self, name: str) -> None:
@@ -534,6 +546,8 @@ class FakeQemu:
     def _do_job_cancel(self, id: str) -> Any:
         if id not in self.jobs:
             raise Refusal("Job not found", "DeviceNotActive")
+        if id in self.stuck:
+            return {}
         del self.jobs[id]
         self.emit("JOB_STATUS_CHANGE", id=id, status="null")
         return {}
