@@ -177,7 +177,7 @@ class Journal:
                 f"and highest epoch {self._highest}"
             )
         with self._lock:
-            self._building = EpochEntry(epoch, Totals(base, 0, 0, 0), self._log.active.incarnation)
+            self._building = EpochEntry(epoch, Totals(base, 0, 0, 0))
             self._highest = epoch
 
     def append(self, epoch: EpochNumber, extents: Sequence[Extent], data: Buffer) -> None:
@@ -204,9 +204,10 @@ class Journal:
         :raise NoSpace, WriteFailed: as :meth:`append`.
         """
         entry = self._begun(epoch)
-        self._log.write(RecordType.END, epoch, (fmt.pack_totals(entry.totals),))
+        segment, _ = self._log.write(RecordType.END, epoch, (fmt.pack_totals(entry.totals),))
         self._log.sync()
         with self._lock:
+            entry.touch(segment)
             self._staged[epoch] = entry
             self._building = None
 
@@ -234,10 +235,9 @@ class Journal:
         :raise NoSpace, WriteFailed: as :meth:`append`.
         """
         entry = self._begun(epoch)
-        self._log.write(RecordType.COMMIT, epoch, (fmt.pack_totals(entry.totals),))
+        segment, _ = self._log.write(RecordType.COMMIT, epoch, (fmt.pack_totals(entry.totals),))
         self._log.sync()
-        with self._lock:
-            self._building = None
+        entry.touch(segment)
         self._count(entry)
 
     def abort(self, epoch: EpochNumber) -> None:
@@ -308,10 +308,11 @@ class Journal:
 
     def _marks(self) -> Marks:
         """For the log: what a segment's header says of the epochs."""
-        needed = [entry.oldest for entry in (*self._unapplied.values(), *self._staged.values())]
+        entries = [*self._unapplied.values(), *self._staged.values()]
         if self._building is not None:
-            needed.append(self._building.oldest)
-        return Marks(min(needed, default=None), self._committed, self._highest)
+            entries.append(self._building)
+        oldest = min((entry.oldest for entry in entries if entry.oldest is not None), default=None)
+        return Marks(oldest, self._committed, self._highest)
 
     def _begun(self, epoch: EpochNumber) -> EpochEntry:
         self._log.check_usable()
@@ -322,6 +323,9 @@ class Journal:
     def _count(self, entry: EpochEntry) -> None:
         with self._lock:
             self._committed = entry.epoch
+            # At no instant may the epoch be in none of these: its segments would be free.
+            if self._building is entry:
+                self._building = None
             for older in [number for number in self._staged if number <= entry.epoch]:
                 del self._staged[older]
             self._unapplied[entry.epoch] = entry

@@ -225,7 +225,7 @@ class _Bookkeeper:
         if payload is None:
             return
         if self._building is None or self._building.epoch != epoch:
-            self._building = EpochEntry(epoch, Totals(None, 0, 0, 0), segment.incarnation)
+            self._building = EpochEntry(epoch, Totals(None, 0, 0, 0))
         self._building.add(segment, header, *fmt.data_length(payload))
 
     def _end(self, segment: Segment, totals: Totals, epoch: EpochNumber) -> None:
@@ -251,9 +251,10 @@ class _Bookkeeper:
         """The epoch that is being built, found whole."""
         entry, self._building = self._building, None
         if entry is None or entry.epoch != epoch:
-            entry = EpochEntry(epoch, Totals(None, 0, 0, 0), segment.incarnation)
+            entry = EpochEntry(epoch, Totals(None, 0, 0, 0))
         counted = entry.totals
         if (counted.extents, counted.payload, counted.digest) != (totals.extents, totals.payload, totals.digest):
             raise FormatError(f"epoch {epoch} is not whole: {counted.extents} of {totals.extents} extents are there")
         entry.totals = totals
+        entry.touch(segment)
         return entry

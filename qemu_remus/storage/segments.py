@@ -76,12 +76,12 @@ class EpochEntry:
 
     :param totals: complete once the epoch is staged or committed; its base counts only then.
     :param spans: where its EXTENTS are, in order; records of other epochs may stand between them.
-    :param oldest: incarnation of the first segment with something of it.
+    :param oldest: incarnation of the first segment with something of it; None while there is nothing.
     """
 
     epoch: EpochNumber
     totals: Totals
-    oldest: int
+    oldest: int | None = None
     spans: list[Span] = field(default_factory=list)
 
     def add(self, segment: Segment, record: RecordHeader, extents: int, payload: int) -> None:
@@ -93,10 +93,16 @@ class EpochEntry:
             before.payload + payload,
             fmt.extend_digest(before.digest, record.checksum),
         )
+        self.touch(segment)
         start, stop = record.offset, record.next_offset
         if self.spans and self.spans[-1].segment is segment:
             start = self.spans.pop().start
         self.spans.append(Span(segment, start, stop))
+
+    def touch(self, segment: Segment) -> None:
+        """Something of the epoch is in this segment."""
+        if self.oldest is None:
+            self.oldest = segment.incarnation
 
 
 @dataclass(frozen=True, slots=True)
