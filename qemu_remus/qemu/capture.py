@@ -181,8 +181,8 @@ class Capturer:
         epoch.check_graph(self._disks, devices)
         dirty, clean = epoch.dirty_disks(self._disks, devices, finished)
         _value(rotated)
-        assert isinstance(status, Done), "its reply came before that of query-block"
-        return _Look(str(status.value["status"]), dirty, clean, status.order)
+        running = _done(status)
+        return _Look(str(running.value["status"]), dirty, clean, running.order)
 
     async def _check_fleece(self, finished: BitmapIdentity, dirty: Mapping[int, BitmapLook]) -> None:
         """See that the fleeces can hold every cluster that the guest might overwrite.
@@ -453,15 +453,16 @@ def _access_in_pause(disk: VmDisk) -> bool:
     return disk.iothread is not False
 
 
+def _done(outcome: Outcome) -> Done:
+    """The reply; raises what a lone command would have raised."""
+    if isinstance(outcome, Done):
+        return outcome
+    raise outcome.error
+
+
 def _value(outcome: Outcome) -> Any:
-    """The reply's value; raises what a lone command would have raised."""
-    match outcome:
-        case Done(value=value):
-            return value
-        case Failed(error=error):
-            raise error
-        case InDoubt(error=doubt):
-            raise doubt
+    """The reply's value."""
+    return _done(outcome).value
 
 
 def _first_problem(outcomes: Sequence[_Result], seen: Iterable[QmpEvent], *, after: int) -> QemuRemusError | None:
