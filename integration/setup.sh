@@ -21,7 +21,7 @@ as_root() {
         sudo -n env DEBIAN_FRONTEND=noninteractive "$@"
     else
         say "root is needed for: $*"
-        say "run this as root, or give this user sudo without a password, or run that command yourself"
+        say "do that as root, or start this again as root or as a user with sudo that asks for no password"
         return 1
     fi
 }
@@ -32,7 +32,13 @@ need_apt() {
     exit 1
 }
 
-apt() { as_root apt-get -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -qq "$@" >&2; }
+# what apt has to say is of interest only when it fails
+apt() {
+    local output
+    output=$(as_root apt-get -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Use-Pty=0 -qq "$@" 2>&1) && return
+    printf '%s\n' "$output" >&2
+    return 1
+}
 
 update() {
     say "reading the package lists"
