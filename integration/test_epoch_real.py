@@ -208,7 +208,7 @@ async def test_a_fault_at_any_command_leaves_the_vm_as_it_was(scratch: Path, fau
 
 def full_fleece(node: NodeName, filename: str) -> commands.Command:
     """As ``blockdev_add_file``, on a file system that is full."""
-    full = {"event": "none", "iotype": ["write"], "errno": errno.ENOSPC}
+    full = {"event": "none", "iotype": "write", "errno": errno.ENOSPC}
     below = {"driver": "file", "filename": filename, "locking": "off"}
     options = {"driver": "blkdebug", "node-name": node, "image": below, "inject-error": [full]}
     return commands.Command("blockdev-add", options, changes_state=True)

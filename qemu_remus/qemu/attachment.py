@@ -264,8 +264,8 @@ async def _attach(
         inside.callback(file.close)
         files.append(file)
         node = fleece_node(pair, disk.name)
-        # Also where its outcome is in doubt; a node that is not there cannot be deleted, which is fine.
-        at_end(f"node {node}", client.execute, commands.blockdev_del(node))
+        # Before it is known to be there: its outcome may be in doubt.
+        at_end(f"node {node}", _delete_node, client, node)
         await _add_fleece(client, node, file)
     capturer = Capturer(
         client,
@@ -293,6 +293,11 @@ async def _add_fleece(client: QmpClient, node: NodeName, file: FleeceFile) -> No
         ) from error
     # QEMU has it open from here on, and no crash of anybody leaves a file behind.
     await trio.to_thread.run_sync(file.unlink)
+
+
+async def _delete_node(client: QmpClient, node: NodeName) -> None:
+    if node in epoch.bitmaps_by_node(await client.execute(commands.query_named_block_nodes())):
+        await client.execute(commands.blockdev_del(node))
 
 
 async def _take_out(client: QmpClient, what: str, act: Callable[..., Awaitable[object]], *arguments: object) -> None:
