@@ -159,9 +159,10 @@ class CommitDone:
 
 @dataclass(frozen=True, slots=True)
 class StoreFailed:
-    """An effect failed; what it was for did not happen.
+    """An effect failed; the rest of its step is skipped.
 
-    :param lasting: the store must not be trusted before it was reopened.
+    :param lasting: the store must not be trusted before it was reopened, which shows whether the effect happened. If
+        not lasting, nothing of it happened.
     """
 
     code: RefusalCode
