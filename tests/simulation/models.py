@@ -6,15 +6,26 @@ Each model keeps apart what survives a crash and what does not.  No scheduling a
 from __future__ import annotations
 
 import random
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from qemu_remus.core import messages as m
 from qemu_remus.core import secondary_machine as secondary
 from qemu_remus.core.connection import Connection, ConnectionClosed, NeedData
 from qemu_remus.core.extents import Extent
-from qemu_remus.core.model import Base, DiskName, DiskSpec, EpochNumber, Generation, InstanceId, PairName, Role
+from qemu_remus.core.model import (
+    Base,
+    DiskName,
+    DiskSpec,
+    EpochNumber,
+    Generation,
+    InstanceId,
+    PairName,
+    Role,
+    pair_name,
+)
 from qemu_remus.core.primary_machine import Recording
 
 DISKS = 2
@@ -358,3 +369,21 @@ class Store:
             failover=failover,
             behind=True,
         )
+
+
+# --- what all hosts share --------------------------------------------------------------------------------------------
+
+PAIR = pair_name("pair")
+
+Action = tuple[float, str, Callable[[], None]]
+"""Weight, name for the trace, what to do."""
+
+
+class Crash(Exception):
+    """A controller dies between two effects."""
+
+
+def brief(thing: object) -> str:
+    """An event, or effects, short enough for a trace."""
+    text = re.sub(r"UUID\('0*-?0*-?0*-?0*-?0*(\w+)'\)", r"#\1", repr(thing))
+    return re.sub(r"b'[^']*'|b\"[^\"]*\"|<memory at \w+>", "...", text)
