@@ -82,6 +82,14 @@ async def greet(link: Link, role: Role) -> None:
     assert isinstance(await next_of(link), m.Hello)
 
 
+async def meet(link: Link, peer: Peer) -> None:
+    """Exchange hellos with a peer that takes its time for every byte."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(peer.start)
+        await link.send(hello(P))
+        assert isinstance(await link.receive(), m.Hello)
+
+
 @asynccontextmanager
 async def two_links(**options: float) -> AsyncIterator[tuple[Link, Link]]:
     """Primary and secondary, past their hellos."""
@@ -143,10 +151,8 @@ async def test_a_sender_waits_when_the_peer_takes_nothing_and_a_cancelled_one_le
     left, right = trio.testing.lockstep_stream_pair()
     peer = Peer(right, S)
     queued = 0
-    async with open_link(left, P) as link, trio.open_nursery() as nursery:
-        nursery.start_soon(peer.start)
-        await link.send(hello(P))
-        assert isinstance(await link.receive(), m.Hello)
+    async with open_link(left, P) as link:
+        await meet(link, peer)
         await link.send(BEGIN)
         with trio.move_on_after(1):
             while True:
@@ -163,10 +169,8 @@ async def test_heartbeats_do_not_widen_the_queue(autojump_clock: Clock) -> None:
     left, right = trio.testing.lockstep_stream_pair()
     peer = Peer(right, S)
     queued = 0
-    async with open_link(left, P) as link, trio.open_nursery() as nursery:
-        nursery.start_soon(peer.start)
-        await link.send(hello(P))
-        assert isinstance(await link.receive(), m.Hello)
+    async with open_link(left, P) as link:
+        await meet(link, peer)
         for _ in range(50):
             await peer.hear(beats=True)
             await peer.say(m.Heartbeat())
@@ -181,10 +185,8 @@ async def test_heartbeats_do_not_widen_the_queue(autojump_clock: Clock) -> None:
 async def test_heartbeats_that_cannot_get_out_do_not_pile_up(autojump_clock: Clock) -> None:
     left, right = trio.testing.lockstep_stream_pair()
     peer = Peer(right, S)
-    async with open_link(left, P) as link, trio.open_nursery() as nursery:
-        nursery.start_soon(peer.start)
-        await link.send(hello(P))
-        assert isinstance(await link.receive(), m.Hello)
+    async with open_link(left, P) as link:
+        await meet(link, peer)
         for _ in range(20):
             await peer.say(m.Heartbeat())
             await trio.sleep(1)
@@ -354,9 +356,7 @@ async def test_a_sender_that_waits_for_room_learns_of_the_end(autojump_clock: Cl
 
     with pytest.raises(LinkLost):
         async with open_link(left, P) as link, trio.open_nursery() as nursery:
-            nursery.start_soon(peer.start)
-            await link.send(hello(P))
-            await link.receive()
+            await meet(link, peer)
             await link.send(BEGIN)
             nursery.start_soon(end_it)
             while True:
