@@ -77,8 +77,10 @@ class File:
         end = min(len(self.device), (block + 1) * BLOCK)
         if end <= block * BLOCK:
             return
-        start = rng.randrange(block * BLOCK, end)
-        stop = rng.randint(start, end)
+        start, stop = block * BLOCK, end
+        if rng.random() < 0.5:
+            start = rng.randrange(start, end)
+            stop = rng.randint(start, end)
         self.device[start:stop] = rng.randbytes(stop - start)
 
 

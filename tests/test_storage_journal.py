@@ -295,13 +295,16 @@ def test_a_full_journal_still_takes_the_decision_on_what_is_staged(disk: MemoryD
     journal = new_journal(disk)
     put(journal, 1)
     journal.stage_and_commit(epoch(1))
-    fill(journal, 2, 900)
+    content = put(journal, 2, *[b"2" * 900] * 60)
     journal.stage(epoch(2))
+    journal.trim(epoch(1))
     fill(journal, 3, 100)
     getattr(journal, decide)(epoch(2))
     disk.power_cycle()
-    _, recovery = open_journal(disk)
+    journal, recovery = open_journal(disk, applied=1)
     assert (recovery.committed, recovery.staged) == ((2, ()) if decide == "commit" else (1, ()))
+    if decide == "commit":
+        assert get(journal, 2) == content
 
 
 def test_segments_are_used_again_and_no_file_is_made_beyond_need(disk: MemoryDisk) -> None:

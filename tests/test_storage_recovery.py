@@ -151,8 +151,8 @@ def interesting_offsets() -> Iterator[int]:
     content = DISK.file(PATH).seen
     last_used = max(position for position, byte in enumerate(content) if byte)
     for position in range(last_used + 200):
-        block = content[position - position % 512 : position - position % 512 + 512]
-        if any(block) or position % 97 == 0:
+        around = position - position % 16
+        if any(content[around : around + 16]) or position % 97 == 0:
             yield position
 
 
@@ -260,7 +260,7 @@ def test_a_dropped_tail_never_comes_back() -> None:
     journal.close()
     # The power cut kept the second extent and the commit, and lost the first.
     lost = 8192
-    disk.damage(PATH, lost, tail[lost : lost + 184 + 48])
+    disk.damage(PATH, lost, tail[lost : lost + fmt.record_size(8 + 24 + 100)])
     journal, recovery = open_journal(disk, floor=EpochNumber(1))
     assert (recovery.committed, recovery.highest_epoch) == (1, 2)
     assert recovery.dropped_tail_bytes > 0
@@ -270,6 +270,63 @@ def test_a_dropped_tail_never_comes_back() -> None:
     disk.restart()
     _, recovery = open_journal(disk, floor=EpochNumber(1))
     assert (recovery.committed, recovery.staged) == (1, ())
+
+
+def forge(disk: MemoryDisk, offset: int, sequence: int, kind: fmt.RecordType, epoch: int, payload: bytes) -> int:
+    """Put a sound record of the first segment where it would be read; where the next one goes."""
+    header = fmt.RecordHeader(
+        type=kind,
+        length=len(payload),
+        checksum=fmt.checksum(payload),
+        pair=fmt.pair_hash(PAIR),
+        generation=GENERATION,
+        epoch=epoch,
+        incarnation=1,
+        sequence=sequence,
+        durable=sequence,
+        offset=offset,
+    )
+    disk.damage(PATH, offset, fmt.pack_record_header(header) + payload)
+    return header.next_offset
+
+
+def totals(base: int, extents: int = 0, payload: int = 0, digest: int = 0) -> bytes:
+    return fmt.pack_totals(fmt.Totals(EpochNumber(base) if base else None, extents, payload, digest))
+
+
+ONE_EXTENT = fmt.pack_extents((Extent(0, 0, 3),)) + b"abc"
+ONE_DIGEST = fmt.extend_digest(0, fmt.checksum(ONE_EXTENT))
+EXTENTS, END, COMMIT = fmt.RecordType.EXTENTS, fmt.RecordType.END, fmt.RecordType.COMMIT
+
+
+@pytest.mark.parametrize(
+    ("records", "complaint"),
+    [
+        ([(COMMIT, 2, totals(0, 1, 3, ONE_DIGEST))], "not whole: 0 of 1"),
+        ([(EXTENTS, 2, ONE_EXTENT), (COMMIT, 2, totals(1, 2, 3, ONE_DIGEST))], "not whole: 1 of 2"),
+        ([(EXTENTS, 2, ONE_EXTENT), (COMMIT, 2, totals(1, 1, 4, ONE_DIGEST))], "not whole"),
+        ([(EXTENTS, 2, ONE_EXTENT), (END, 2, totals(1, 1, 3, 7))], "not whole"),
+        ([(EXTENTS, 2, ONE_EXTENT), (COMMIT, 3, totals(1, 1, 3, ONE_DIGEST))], "epoch 3 is not whole: 0 of 1"),
+        ([(END, 2, totals(1)), (COMMIT, 2, totals(1, 1, 3, ONE_DIGEST))], "does not fit what was staged"),
+        ([(COMMIT, 3, totals(2))], "builds on epoch 2, which is not there"),
+        ([(COMMIT, 1, totals(0))], "epoch 1 is committed after epoch 1"),
+        ([(EXTENTS, 2, b"\x09" + bytes(7))], "cut short"),
+        ([(END, 2, b"short")], "cut short"),
+    ],
+)
+def test_sound_records_that_contradict_each_other_are_damage(
+    records: list[tuple[fmt.RecordType, int, bytes]], complaint: str
+) -> None:
+    disk = MemoryDisk()
+    journal, _ = open_journal(disk)
+    journal.begin_epoch(EpochNumber(1), None)
+    journal.stage_and_commit(EpochNumber(1))
+    journal.close()
+    offset = 2 * fmt.BLOCK
+    for number, (kind, epoch, payload) in enumerate(records):
+        offset = forge(disk, offset, 2 + number, kind, epoch, payload)
+    with pytest.raises(JournalDamaged, match=complaint):
+        open_journal(disk)
 
 
 # --- several segments ------------------------------------------------------------------------------------------------
