@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from uuid import UUID
 
 import pytest
 import trio
+import trio.testing
 
 from integration.machine import Disk, Interface, Machine, Style, start_machine
 from qemu_remus.core.errors import CommandInDoubt, DiskUnsupported, NotQmp, QemuUnreachable
@@ -319,7 +321,7 @@ async def test_a_human_monitor_is_not_qmp_and_a_pretty_one_is(scratch: Path) -> 
 
 async def test_a_killed_qemu_leaves_a_change_in_doubt_or_unsent_and_says_which(scratch: Path) -> None:
     async with machine_with(scratch, []) as (machine, client):
-        os.kill(machine.pid, 19)  # SIGSTOP: the command arrives and is never read
+        os.kill(machine.pid, signal.SIGSTOP)  # the command arrives and is never read
         outcome: list[type[Exception]] = []
 
         async def stop() -> None:
