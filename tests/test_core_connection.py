@@ -146,8 +146,7 @@ def test_an_epoch_staged_on_an_earlier_link_can_be_aborted_or_passed_over() -> N
     with pytest.raises(LocalProtocolError):
         pair.copy().send(P, begin(E6))
     pair.run([(P, begin(E7)), (P, end(E7, count=0, commit=True)), (S, m.Committed(E7))])
-    with pytest.raises(LocalProtocolError):
-        pair.send(P, m.CommitEpoch(E6))
+    pair.run([(P, m.CommitEpoch(E6)), (S, refused(E6)), (P, begin(E8, E7))])
 
 
 def test_a_repeated_commit_is_answered_each_time() -> None:
