@@ -161,6 +161,10 @@ def replay(files: Files, found: Found, identity: Identity, applied: Base) -> Non
             offset, sequence = record.header.next_offset, sequence + 1
             if record.header.type is not RecordType.EXTENTS:
                 found.position, found.sequence = offset, sequence
+    try:
+        book.finish()
+    except FormatError as error:
+        raise damaged(f"{last.path}: {error.what}") from error
     _judge_tail(files, last, found, identity, offset, sequence)
 
 
@@ -200,6 +204,18 @@ class _Bookkeeper:
         self._found = found
         self._applied = applied
         self._building: EpochEntry | None = None
+        # Staged and not whole. That is no damage where the epoch is dropped further on: what it had in segments that
+        # count no more is gone then.
+        self._broken: dict[EpochNumber, str] = {}
+
+    def finish(self) -> None:
+        """There are no more records.
+
+        :raise FormatError: an epoch in doubt is not whole.
+        """
+        for epoch in self._found.staged:
+            if epoch in self._broken:
+                raise FormatError(self._broken[epoch])
 
     def take(self, segment: Segment, record: Record) -> None:
         """One more record.
@@ -230,7 +246,7 @@ class _Bookkeeper:
 
     def _end(self, segment: Segment, totals: Totals, epoch: EpochNumber) -> None:
         if epoch > self._applied:
-            self._found.staged[epoch] = self._whole(segment, totals, epoch)
+            self._found.staged[epoch] = self._ended(segment, totals, epoch)
 
     def _commit(self, segment: Segment, totals: Totals, epoch: EpochNumber) -> None:
         found = self._found
@@ -239,7 +255,9 @@ class _Bookkeeper:
         if epoch > self._applied:
             if totals.base is not None and totals.base > (found.committed or 0):
                 raise FormatError(f"epoch {epoch} builds on epoch {totals.base}, which is not there")
-            entry = found.staged.pop(epoch, None) or self._whole(segment, totals, epoch)
+            entry = found.staged.pop(epoch, None) or self._ended(segment, totals, epoch)
+            if epoch in self._broken:
+                raise FormatError(self._broken[epoch])
             if entry.totals != totals:
                 raise FormatError(f"the commit of epoch {epoch} does not fit what was staged")
             found.unapplied[epoch] = entry
@@ -247,14 +265,14 @@ class _Bookkeeper:
         for older in [number for number in found.staged if number < epoch]:
             del found.staged[older]
 
-    def _whole(self, segment: Segment, totals: Totals, epoch: EpochNumber) -> EpochEntry:
-        """The epoch that is being built, found whole."""
+    def _ended(self, segment: Segment, totals: Totals, epoch: EpochNumber) -> EpochEntry:
+        """The epoch that was being built, with the totals that it must have."""
         entry, self._building = self._building, None
         if entry is None or entry.epoch != epoch:
             entry = EpochEntry(epoch, Totals(None, 0, 0, 0))
         counted = entry.totals
         if (counted.extents, counted.payload, counted.digest) != (totals.extents, totals.payload, totals.digest):
-            raise FormatError(f"epoch {epoch} is not whole: {counted.extents} of {totals.extents} extents are there")
+            self._broken[epoch] = f"epoch {epoch} is not whole: {counted.extents} of {totals.extents} extents are there"
         entry.totals = totals
         entry.touch(segment)
         return entry
