@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial, singledispatchmethod
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -24,6 +25,7 @@ from qemu_remus.core import primary_machine as machine
 from qemu_remus.core.commands import EpochWasLost, EventName, Nothing, ReplicationChanged
 from qemu_remus.core.errors import (
     CommandInDoubt,
+    ConfigError,
     InternalError,
     LinkError,
     PeerRefused,
@@ -48,7 +50,7 @@ from qemu_remus.storage.memory import PrimaryMemory, open_memory
 QUEUE_LIMIT: Final = 64
 """Most events that wait for the engine."""
 
-ANSWER_TIMEOUT: Final = 60.0
+ANSWER_TIMEOUT: Final = 30.0
 """Seconds that a secondary, although alive, may take to answer for an epoch."""
 
 SYNC_ANSWER_TIMEOUT: Final = 900.0
@@ -81,6 +83,8 @@ async def run_primary(config: PrimaryConfig) -> None:
 
 @asynccontextmanager
 async def _attached(config: PrimaryConfig) -> AsyncIterator[tuple[QmpClient, tuple[VmDisk, ...], Attachment]]:
+    for directory in (config.fleece_dir, config.runtime_dir):
+        _make_directory(directory)
     async with open_qmp(config.qmp) as client:
         caps = await query_capabilities(client)
         disks = choose_disks(await discover(client, caps), config.disks, caps)
@@ -97,6 +101,17 @@ async def _attached(config: PrimaryConfig) -> AsyncIterator[tuple[QmpClient, tup
             ) as attachment,
         ):
             yield client, disks, attachment
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the directory {directory} cannot be made: {error.strerror or error}",
+            safe="nothing was started",
+            hint="choose another one with --fleece-dir, --state-dir or --control",
+        ) from error
 
 
 async def _until_cancelled(controller: PrimaryController) -> None:

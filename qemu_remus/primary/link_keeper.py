@@ -74,6 +74,7 @@ class LinkKeeper:
         self._closing = ""
         self._failures = 0
         self._earlier = (0, 0)
+        self._one_at_a_time = trio.Lock()
 
     @property
     def bytes_sent(self) -> int:
@@ -91,6 +92,11 @@ class LinkKeeper:
 
     async def keep(self) -> None:
         """Connect, however often it takes; return when the link that came of it has ended."""
+        # The end of an earlier link must be told before anything of the next one is.
+        async with self._one_at_a_time:
+            await self._on_down(await self._until_one_ends())
+
+    async def _until_one_ends(self) -> str:
         while True:
             if self._failures:
                 await trio.sleep(backoff(self._failures))
@@ -101,8 +107,7 @@ class LinkKeeper:
             announced, reason = await self._one_link()
             self.connection = Connection.STANDALONE
             if announced:
-                await self._on_down(reason)
-                return
+                return reason
             _log.warning("no link to the secondary", peer=str(self._peer), reason=reason, attempt=self._failures)
 
     async def _one_link(self) -> tuple[bool, str]:

@@ -123,9 +123,7 @@ class Work:
             raise
         return machine.SyncCopied()
 
-    async def _send_copy(
-        self, extents: tuple[Extent, ...], data: bytes | bytearray, *, leave_zeroes_out: bool
-    ) -> None:
+    async def _send_copy(self, extents: tuple[Extent, ...], data: bytes | bytearray, *, leave_zeroes_out: bool) -> None:
         wanted = tuple(extent for extent in extents if not (extent.zero and leave_zeroes_out))
         if wanted:
             await self._send(m.SyncExtents(wanted, memoryview(data)))

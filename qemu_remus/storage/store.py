@@ -11,14 +11,14 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, Self
 
-from qemu_remus.core.errors import ConfigError, InternalError, TargetUnsuitable
+from qemu_remus.core.errors import ConfigError, InternalError, StorageError, TargetUnsuitable
 from qemu_remus.core.extents import Extent
-from qemu_remus.core.model import Base, DiskName, DiskSpec, EpochNumber, InstanceId, Role
+from qemu_remus.core.model import Base, DiskName, DiskSpec, EpochNumber, Generation, InstanceId, Role
 from qemu_remus.core.secondary_machine import Failover, Phase, SecondaryState
 from qemu_remus.core.settings import SecondaryConfig
 from qemu_remus.storage.apply import apply_epochs
@@ -57,6 +57,7 @@ class Store:
         self._journal: Journal | None = None
         self._targets: list[Target] = []
         self._applied: Base = superblock.applied
+        self._in_doubt = False
         self.failing_over = superblock.failover is not None
         self.recovered = SecondaryState(superblock.pair, superblock.instance, self._specs())
 
@@ -130,7 +131,7 @@ class Store:
 
     def _reopen(self, targets: list[tuple[Path, int]]) -> None:
         for path, size in targets:
-            self._targets.append(reopen_target(path, size))
+            self._targets.append(reopen_target(path, size, sparse=self._config.sparse))
 
     def _specs(self) -> tuple[DiskSpec, ...]:
         return tuple(DiskSpec(disk.name, disk.size) for disk in self._superblock.disks)
@@ -150,7 +151,7 @@ class Store:
     @property
     def poisoned(self) -> bool:
         """Nothing can be taken in before the store is opened again."""
-        return self._journal is not None and self._journal.poisoned
+        return self._in_doubt or (self._journal is not None and self._journal.poisoned)
 
     # --- a full sync -------------------------------------------------------------------------------------------------
 
@@ -192,7 +193,7 @@ class Store:
                     )
                 known = ours.get(disk.name)
                 if known is not None and known.size == disk.size and path.exists():
-                    target = reopen_target(path, disk.size)
+                    target = reopen_target(path, disk.size, sparse=self._config.sparse)
                 else:
                     target = prepare_target(
                         path, disk.size, overwrite=self._config.overwrite, sparse=self._config.sparse
@@ -217,29 +218,41 @@ class Store:
             limit=self._config.journal_limit_bytes,
             create=True,
         )
+        try:
+            self._write_superblock(
+                replace(
+                    self._superblock,
+                    generation=state.generation,
+                    committed=None,
+                    applied=None,
+                    highest_epoch=0,
+                    disks=disks,
+                    disk_state=StoredDiskState.INCONSISTENT,
+                    sync=sync,
+                )
+            )
+        except StorageError:
+            # Which of the two generations a restart finds is not known, so nothing may build on either before one.
+            self._in_doubt = True
+            journal.close()
+            raise
         old, self._journal = self._journal, journal
+        self._applied = None
         if old is not None:
             old.close()
-        self._applied = None
-        self._write_superblock(
-            replace(
-                self._superblock,
-                generation=state.generation,
-                committed=None,
-                applied=None,
-                highest_epoch=0,
-                disks=disks,
-                disk_state=StoredDiskState.INCONSISTENT,
-                sync=sync,
-            )
-        )
-        remove_other_journals(self._files, home, state.generation)
+        self._remove_journals(keep=state.generation)
+
+    def _remove_journals(self, *, keep: Generation | None) -> None:
+        """What cannot be removed is only in the way: it is of a generation that the superblock does not name."""
+        with suppress(StorageError):
+            remove_other_journals(self._files, self._config.store / JOURNAL_NAME, keep)
 
     def write_images(self, extents: tuple[Extent, ...], data: bytes | bytearray | memoryview) -> None:
         """Write a full sync's extents, durable after :meth:`flush_images`.
 
         :raise StorageError: an image could not be written.
         """
+        self._check_within(extents)
         view, position = memoryview(data), 0
         for extent in extents:
             if extent.zero:
@@ -267,8 +280,12 @@ class Store:
     def append(self, epoch: EpochNumber, extents: tuple[Extent, ...], data: bytes | bytearray | memoryview) -> None:
         """As :meth:`Journal.append`.
 
-        :raise ConfigError: an extent lies outside its disk.
+        :raise TargetUnsuitable: an extent lies outside its disk.
         """
+        self._check_within(extents)
+        self._open_journal().append(epoch, extents, data)
+
+    def _check_within(self, extents: tuple[Extent, ...]) -> None:
         for extent in extents:
             if extent.disk >= len(self._targets) or extent.end > self._targets[extent.disk].size:
                 raise TargetUnsuitable(
@@ -276,7 +293,6 @@ class Store:
                     safe="the epoch is refused, nothing of it is used",
                     hint="if the disk was resized on the primary, restart both controllers",
                 )
-        self._open_journal().append(epoch, extents, data)
 
     def stage(self, epoch: EpochNumber) -> None:
         """As :meth:`Journal.stage`."""
@@ -318,6 +334,9 @@ class Store:
         waiting = [epoch for epoch in self.backlog if self._applied is None or epoch > self._applied][:most]
         if journal is None or not waiting:
             return None
+        for target in self._targets:
+            # After a failure everything since the last good flush is written again: redo begins right behind it.
+            target.reset_after_failure()
         apply_epochs(journal, waiting, self._targets)
         self._applied = waiting[-1]
         self._save_applied(trim=True)
@@ -378,6 +397,10 @@ class Store:
                 )
             )
             self._release_targets()
+            journal, self._journal = self._journal, None
+            if journal is not None:
+                journal.close()
+            self._remove_journals(keep=None)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
