@@ -174,6 +174,8 @@ class Machine:
         before = log.stat().st_size
         told = await self.hmp(f'qemu-io -d {device} "{command}"')
         text = told + log.read_bytes()[before:].decode(errors="replace")
+        # QEMU's own messages come between, such as of an NBD client that has gone; qemu-io's have no such prefix
+        text = re.sub(r"^\S*qemu-system-\S+: .*\n?", "", text, flags=re.MULTILINE)
         verb = command.split()[0]
         done = {"write": "wrote", "read": "read", "discard": "discard"}.get(verb)
         success = re.search(rf"^{done} (\d+)/\1 bytes", text, re.MULTILINE) if done else verb == "flush" and not text
