@@ -169,10 +169,9 @@ async def start_primary(
     :param wait: until its control socket answers.
     """
     here = directory / "primary"
-    (here / "fleece").mkdir(parents=True, exist_ok=True)
+    here.mkdir(parents=True, exist_ok=True)
     command = [PROGRAM, "primary", "--qmp", str(qmp), "--peer", peer, "--interval", str(interval_ms)]
-    command += ["--state-dir", str(here / "state"), "--fleece-dir", str(here / "fleece")]
-    command += ["--control", str(here / "control")]
+    command += ["--state-dir", str(here / "state"), "--control", str(here / "control")]
     for name, node in (nodes or {}).items():
         command += ["--disk", f"{name}={node}"]
     async with _start([*command, *options], here, peer, wait) as controller:
