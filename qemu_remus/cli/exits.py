@@ -49,6 +49,8 @@ _CODES: tuple[tuple[type[QemuRemusError], ExitCode], ...] = (
     (errors.NotQmp, ExitCode.UNREACHABLE),
     (errors.PeerUnreachable, ExitCode.UNREACHABLE),
     (errors.PeerSilent, ExitCode.UNREACHABLE),
+    # After its subclass VersionMismatch. It ends a primary only before the first checkpoint: no secondary is there.
+    (errors.RemoteProtocolError, ExitCode.UNREACHABLE),
 )
 
 
