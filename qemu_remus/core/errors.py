@@ -136,7 +136,8 @@ class QemuRemusError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return ". ".join(part for part in (self.what, self.safe, self.hint) if part)
+        later = (part[0].upper() + part[1:] for part in (self.safe, self.hint) if part)
+        return ". ".join((self.what, *later))
 
 
 class ConfigError(QemuRemusError):

@@ -65,6 +65,8 @@ STOP_TIMEOUT: Final = 30.0
 DIRTY_REFRESH: Final = 2.0
 """Seconds between looks at the recording bitmaps while no checkpoint counts them."""
 
+_QEMU_GONE: Final = "QEMU has closed its QMP connection: the VM has ended, or is in trouble"
+
 _log = structlog.get_logger("primary")
 
 
@@ -216,7 +218,7 @@ class PrimaryController:
         await self._client.closed.wait()
         committed = self._state.committed
         self._failure = QemuUnreachable(
-            "QEMU has closed its QMP connection: the VM has ended, or is in trouble",
+            _QEMU_GONE,
             safe="nothing was committed yet" if committed is None else f"the secondary holds checkpoint {committed}",
             hint="if the VM is gone for good, use `qemu-remus failover` on the secondary; else start the primary again",
         )
@@ -338,7 +340,8 @@ class PrimaryController:
     async def _(self, effect: machine.Stop) -> None:
         if self._failure is None:
             self._failure = _why(effect)
-        _log.info("stopped: one tracking bitmap per disk stays in QEMU, so that a restart can send the difference")
+        if not self._client.closed.is_set():
+            _log.info("stopped: one tracking bitmap per disk stays in QEMU, so that a restart can send the difference")
 
     async def _timer(self, due: float, scope: trio.CancelScope) -> None:
         with scope:
@@ -360,6 +363,9 @@ class PrimaryController:
                 result = machine.WorkFailed(str(error), fatal=True)
             except QemuRemusError as error:
                 result = machine.WorkFailed(str(error))
+        if isinstance(result, machine.WorkFailed) and self._client.closed.is_set():
+            # What failed in its last moments explains nothing.
+            result = machine.WorkFailed(_QEMU_GONE)
         await self._post.send(result)
 
     async def _save(self) -> None:
