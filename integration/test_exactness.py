@@ -47,7 +47,7 @@ MEMORY_LIMIT = 200 * MIB
 """Most that a controller may ever have had resident."""
 
 SEED = 20
-"""For when to kill; printed by a test that fails, as all its parameters are."""
+"""For the moments to kill at; the same ones in every run."""
 
 
 class Pair:
@@ -233,7 +233,7 @@ async def test_failed_over_disks_equal_the_paused_primarys_byte_for_byte(scratch
 
 
 async def test_what_is_written_after_a_checkpoint_does_not_show_in_it(scratch: Path) -> None:
-    """The disks are put aside, then the VM is written again and dies in the middle of the next epoch's transfer."""
+    """The disks are put aside, then the VM is written again and dies before the next checkpoint."""
     async with pair_of(scratch, make_disks(scratch, "three"), interval_ms=60_000) as pair:
         await fill(pair.machine)
         await pair.start_primary()
