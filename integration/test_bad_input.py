@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,21 +140,13 @@ async def tcp_server(say: bytes) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def unix_server(path: Path, say: bytes) -> AsyncIterator[None]:
-    """The same at a Unix socket."""
-
-    async def talk(stream: trio.SocketStream) -> None:
-        try:
-            await stream.send_all(say)
-            await stream.receive_some(65536)
-        except trio.BrokenResourceError:
-            pass
-
+async def unix_server(path: Path, serve: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[None]:
+    """The same at a Unix socket, with what it does given."""
     with trio.socket.socket(trio.socket.AF_UNIX) as listener:
         await listener.bind(str(path))
         listener.listen()
         async with background() as nursery:
-            nursery.start_soon(trio.serve_listeners, talk, [trio.SocketListener(listener)])
+            nursery.start_soon(trio.serve_listeners, serve, [trio.SocketListener(listener)])
             yield
 
 
@@ -178,9 +171,34 @@ async def test_no_such_socket_is_said(scratch: Path, command: str) -> None:
 
 @pytest.mark.parametrize("command", ["primary", "probe", "detach"])
 async def test_a_socket_that_talks_something_else_is_said(scratch: Path, command: str) -> None:
-    async with unix_server(scratch / "socket", b"220 mail.example.org ESMTP\r\n"):
+    async def mail_server(stream: trio.SocketStream) -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(b"220 mail.example.org ESMTP\r\n")
+            await stream.receive_some(65536)
+
+    async with unix_server(scratch / "socket", mail_server):
         done = await qemu_remus(*qmp_command(command, scratch / "socket", scratch), scratch=scratch)
     assert_one_error(done.status, done.err, UNREACHABLE, str(scratch / "socket"), "QMP")
+
+
+async def test_a_qemu_that_lacks_something_is_refused_by_what_it_lacks(scratch: Path) -> None:
+    # no such QEMU is at hand: this one offers no command at all
+    version = {"qemu": {"major": 5, "minor": 2, "micro": 0}, "package": ""}
+    greeting = {"QMP": {"version": version, "capabilities": ["oob"]}}
+
+    async def old_qemu(stream: trio.SocketStream) -> None:
+        await stream.send_all(json.dumps(greeting).encode() + b"\r\n")
+        buffer = b""
+        while data := await stream.receive_some(65536):
+            *requests, buffer = (buffer + data).split(b"\n")
+            for request in map(json.loads, filter(bytes.strip, requests)):
+                value: object = [] if request["execute"] == "query-qmp-schema" else {}
+                await stream.send_all(json.dumps({"return": value, "id": request.get("id")}).encode() + b"\r\n")
+
+    async with unix_server(scratch / "socket", old_qemu):
+        done = await qemu_remus(*qmp_command("primary", scratch / "socket", scratch), scratch=scratch)
+    assert_one_error(done.status, done.err, USAGE, "5.2.0", "snapshot-access")
+    assert left_in(scratch / "s") == []
 
 
 def qmp_command(command: str, qmp: Path, scratch: Path) -> list[str]:

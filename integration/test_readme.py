@@ -16,8 +16,7 @@ set -eu
 PATH={bin}:$PATH
 {start}
 vm=$!
-tries=0
-until [ -S /tmp/vm-remus.qmp ]; do tries=$((tries + 1)); [ $tries -lt 1000 ]; kill -0 $vm; done
+until [ -S /tmp/vm-remus.qmp ]; do kill -0 $vm; sleep 0.05; done
 {probe}
 {secondary} &
 secondary=$!

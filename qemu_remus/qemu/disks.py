@@ -188,10 +188,12 @@ def choose_disks(
     :param disks: all that the VM has.
     :param wanted: pair names and what they stand for: a node name, or else a device's or drive's id.  None: every disk
         but those that are removable, read-only, empty or unused.
+    :raise CapabilityMissing: when QEMU lacks what protecting any disk needs.
     :raise UnknownDisk: when the VM has no such disk, or none at all that could be protected.
     :raise DiskUnsupported: when one of them cannot be protected; no writable disk is left out silently.
     :raise ConfigError: when one disk was named twice, or two names cannot be told apart in QEMU.
     """
+    capabilities.require()
     if wanted is None:
         chosen = []
         for disk in disks:
