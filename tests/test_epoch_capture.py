@@ -471,7 +471,7 @@ async def test_a_step_that_qemu_refuses_says_what_it_was(qemu: HookedQemu, direc
         qemu.refuse("qom-set", "Conflicts with use by a backup")
         with pytest.raises(EpochLost, match="refused qom-set: Conflicts with use by a backup") as caught:
             await rig.capture()
-        assert "the VM runs" in str(caught.value)
+        assert "The VM runs" in str(caught.value)
         rig.see_harmless({0})
 
 

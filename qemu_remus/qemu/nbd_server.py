@@ -81,7 +81,9 @@ def find_our_server(qemu: PeerCredentials) -> Path | None:
         listing = Path("/proc/net/unix").read_text(errors="surrogateescape")
     except OSError:
         return None
-    return next((path for path in listening_paths(listing) if _listener(path) == qemu.pid), None)
+    # The name says which QEMU it was for: asking the others would make each of them log a client that hung up.
+    candidates = [path for path in listening_paths(listing) if path.name.endswith(f"-{qemu.pid}.sock")]
+    return next((path for path in candidates if _listener(path) == qemu.pid), None)
 
 
 def foreign_exports(query_block_exports: Iterable[Mapping[str, Any]]) -> list[str]:
