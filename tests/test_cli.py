@@ -382,7 +382,7 @@ def test_a_refused_failover_is_told_apart_and_says_why(path: Path, capsys: pytes
         code, err = failed(capsys, "failover", "--control", path)
     assert code == ExitCode.REFUSED
     assert "no complete checkpoint" in err
-    assert "wait for the initial sync" in err
+    assert "Wait for the initial sync" in err
 
 
 def test_failover_of_a_primary_is_refused_as_such(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

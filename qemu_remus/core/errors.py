@@ -118,6 +118,11 @@ __all__ = [
 ]
 
 
+def sentences(first: str, *later: str) -> str:
+    """Join what was written without full stops; empty parts are left out."""
+    return ". ".join((first, *(part[0].upper() + part[1:] for part in later if part)))
+
+
 class QemuRemusError(Exception):
     """Root of the tree.
 
@@ -136,8 +141,7 @@ class QemuRemusError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        later = (part[0].upper() + part[1:] for part in (self.safe, self.hint) if part)
-        return ". ".join((self.what, *later))
+        return sentences(self.what, self.safe, self.hint)
 
 
 class ConfigError(QemuRemusError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qemu_remus.core.errors import PeerRefused, RefusalCode
+from qemu_remus.core.errors import PeerRefused, RefusalCode, sentences
 from qemu_remus.core.messages import Goodbye, Hello
 from qemu_remus.core.model import Base, DiskName, DiskState, EpochNumber, Generation, Role
 
@@ -65,7 +65,7 @@ class Diagnosis:
     hint: str
 
     def __str__(self) -> str:
-        return ". ".join(part for part in (self.what, self.safe, self.hint) if part)
+        return sentences(self.what, self.safe, self.hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -340,7 +340,17 @@ class PrimaryController:
     async def _(self, effect: machine.Stop) -> None:
         if self._failure is None:
             self._failure = _why(effect)
-        if not self._client.closed.is_set():
+        recording = self._state.recording
+        if self._client.closed.is_set():
+            return
+        if recording is not None and recording.base is None and isinstance(self._failure, PeerRefused):
+            # Nothing was ever committed and nobody wants the copy: the bitmap would be of no use to anybody.
+            with contextlib.suppress(QemuError):
+                await self._work.remove(recording)
+                recording = None
+        if recording is None:
+            _log.info("stopped: nothing of ours is left in QEMU")
+        else:
             _log.info("stopped: one tracking bitmap per disk stays in QEMU, so that a restart can send the difference")
 
     async def _timer(self, due: float, scope: trio.CancelScope) -> None:
