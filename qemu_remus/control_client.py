@@ -148,7 +148,7 @@ async def _connect(path: Path, timeout: float) -> trio.SocketStream:
     except FileNotFoundError as error:
         raise ControlUnreachable(
             f"there is no control socket {path}",
-            hint="is the controller running on this host? its log names its control socket",
+            hint="is the controller running on this host? Its log names its control socket",
         ) from error
     except ConnectionRefusedError as error:
         raise ControlUnreachable(

@@ -406,7 +406,7 @@ class SecondaryController:
             generation=state.generation,
             peer=live.address if live else None,
             checkpoint=Checkpoints(
-                captured=self._peer_numbers.captured,
+                captured=_latest(self._peer_numbers.captured, state.committed),
                 staged=_latest(state.staged, state.committed),
                 committed=state.committed,
                 applied=state.applied,
@@ -487,6 +487,7 @@ def _peer_address(stream: trio.SocketStream) -> str:
     return str(Address(host, port))
 
 
-def _latest(staged: EpochNumber | None, committed: EpochNumber | None) -> EpochNumber | None:
-    known = [number for number in (staged, committed) if number is not None]
+def _latest(one: EpochNumber | None, other: EpochNumber | None) -> EpochNumber | None:
+    """The later of two checkpoints: a later stage implies the earlier ones."""
+    known = [number for number in (one, other) if number is not None]
     return max(known) if known else None

@@ -1,9 +1,10 @@
 """The primary's controller.
 
-``controller`` carries out what :mod:`qemu_remus.core.primary_machine` decides, ``link_keeper`` keeps the link to the
-secondary, ``work`` does what takes long.  Nothing but :func:`run_primary` is for others.
+``run`` attaches it to QEMU, ``controller`` carries out what :mod:`qemu_remus.core.primary_machine` decides,
+``link_keeper`` keeps the link to the secondary, ``work`` does what takes long.  Nothing but :func:`run_primary` is for
+others.
 """
 
-from qemu_remus.primary.controller import run_primary
+from qemu_remus.primary.run import run_primary
 
 __all__ = ["run_primary"]

@@ -162,7 +162,8 @@ class QmpClient:
         self._name = name
         self._stream = stream
         # Replies to a predecessor's commands may come to us; the prefix keeps them apart.
-        self._session = QmpSession(f"qemu-remus-{uuid.uuid4().hex[:12]}")
+        # Short, because QEMU reads QMP byte by byte, at some microseconds each, and commands are sent in pauses.
+        self._session = QmpSession(uuid.uuid4().hex[:6])
         self._waiting: dict[str, tuple[_Batch, int]] = {}
         self._batches: set[_Batch] = set()
         self._to_writer, self._from_callers = trio.open_memory_channel[_Batch](_WRITE_QUEUE)
