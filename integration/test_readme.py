@@ -16,13 +16,14 @@ set -eu
 PATH={bin}:$PATH
 {start}
 vm=$!
+started=$vm
+trap 'kill -9 $vm 2>/dev/null || true; kill $started 2>/dev/null || true; wait' EXIT
 until [ -S /tmp/vm-remus.qmp ]; do kill -0 $vm; sleep 0.05; done
 {probe}
 {secondary} &
-secondary=$!
+started="$started $!"
 {primary} &
-primary=$!
-trap 'kill $secondary; kill $primary $vm 2>/dev/null || true; wait' EXIT
+started="$started $!"
 tries=0
 until {status} >/dev/null 2>&1; do tries=$((tries + 1)); [ $tries -lt 100 ]; done
 kill -9 $vm
@@ -42,7 +43,7 @@ async def test_the_tour_of_the_readme_protects_a_vm_and_fails_over(scratch: Path
     assert "kill -9" in kill
     assert start.startswith("make && . .venv/bin/activate\n")
     script = SCRIPT.format(
-        bin=Path(PROGRAM).parent,
+        bin="@BIN@",
         start=start.removeprefix("make && . .venv/bin/activate\n"),
         probe=probe,
         secondary=secondary,
@@ -51,6 +52,7 @@ async def test_the_tour_of_the_readme_protects_a_vm_and_fails_over(scratch: Path
         failover=failover,
     )
     script = script.replace("/tmp/", f"{scratch}/").replace("7789", str(free_port()))
+    script = script.replace("@BIN@", str(Path(PROGRAM).parent))
     done = await run(["bash", "-c", script], scratch=scratch, timeout=120)
     done.check()
     assert await first_difference(scratch / "vm.img", scratch / "copy.img") is None
