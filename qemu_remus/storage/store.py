@@ -90,7 +90,9 @@ class Store:
         with self._applying:
             if self._journal is not None:
                 if not self._journal.poisoned:
-                    self._save_applied(trim=False)
+                    # Not saved, the same epochs are applied once more after a restart.
+                    with suppress(StorageError):
+                        self._save_applied(trim=False)
                 self._journal.close()
                 self._journal = None
             self._release_targets()
