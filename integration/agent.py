@@ -5,11 +5,15 @@ The protocol is in ``integration/guest/init``. Owns the socket of the guest's vi
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import trio
+
+_numbers = itertools.count(1)
 
 #: Newest lines of a job's output that are kept.
 KEPT_LINES = 5000
@@ -75,7 +79,10 @@ class Job:
 
 
 class Agent:
-    """One running guest. Made by :func:`connect`."""
+    """One running guest.
+
+    :param stream: connected to the guest's port; :meth:`receive` must be run, and closes it.
+    """
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
@@ -110,7 +117,8 @@ class Agent:
         if "\n" in command:
             raise ValueError("a command for the guest must be one line")
         job = Job(command)
-        key = str(len(self._jobs) + 1)
+        # a guest that goes on from a checkpoint still has jobs of other agents
+        key = f"{os.getpid()}.{next(_numbers)}"
         self._jobs[key] = job
         async with self._sending:
             await self._stream.send_all(f"{key} {command}\n".encode())
@@ -130,6 +138,19 @@ class Agent:
         if check and job.status:
             raise GuestError(f"{command!r} in the guest ended with {job.status}:\n{job.output}")
         return job.output
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Send the guest nothing during the block; whoever wants to waits."""
+        async with self._sending:
+            yield
+
+    def adopt(self, other: Agent) -> None:
+        """Follow the jobs of the same guest's earlier life, on another QEMU: from now on their output comes here."""
+        for key, job in other._jobs.items():
+            if job.status is None:
+                job.lost = False
+                self._jobs[key] = job
 
     async def receive(self) -> None:
         """Task: sort the guest's lines, until it ends; closes the connection."""
@@ -153,8 +174,3 @@ class Agent:
             self._ready.set()
         elif key in self._jobs:
             self._jobs[key]._feed(rest[:1], rest[2:])
-
-
-async def connect(path: Path) -> Agent:
-    """Connect to the socket of the guest's port, which QEMU listens on; :meth:`Agent.receive` must be run then."""
-    return Agent(await trio.open_unix_socket(str(path)))

@@ -102,6 +102,20 @@ class Controller:
         first = committed(await self.status())
         return await self.wait_until(lambda status: committed(status) >= first + checkpoints, timeout=timeout)
 
+    @property
+    def guardian(self) -> int:
+        """Process id of a primary's guardian: its only child.
+
+        :raise AssertionError: when it has none, or several, at the moment.
+        """
+        children = [
+            int(child)
+            for thread in Path(f"/proc/{self.process.pid}/task").iterdir()
+            for child in (thread / "children").read_text().split()
+        ]
+        assert len(children) == 1, children
+        return children[0]
+
     async def kill(self) -> None:
         """SIGKILL; returns when it has ended."""
         self.process.kill()
@@ -121,29 +135,33 @@ def committed(status: Status) -> int:
 @asynccontextmanager
 async def start_secondary(
     directory: Path,
-    targets: Mapping[str, Path],
+    targets: Mapping[str, Path | str],
     *,
+    host: str = "127.0.0.1",
     port: int | None = None,
     options: Sequence[str] = (),
+    within: Sequence[str] = (),
     wait: bool = True,
 ) -> AsyncIterator[Controller]:
     """Run a secondary for the length of the block, with its store in ``directory``/secondary.
 
     Starting one again in the same directory is a restart of the same secondary.
 
-    :param targets: image for each disk name.
-    :param port: to listen on; by default a free one.
+    :param targets: image for each disk name, or what else ``--disk NAME=`` takes.
+    :param host: address to listen on.
+    :param port: to listen on; by default a free one of the loopback interface.
     :param options: more of the command's.
+    :param within: command that runs it, such as ``nsenter`` with its options; it must not fork.
     :param wait: until its control socket answers.
     """
     here = directory / "secondary"
     here.mkdir(exist_ok=True)
-    address = f"127.0.0.1:{port or free_port()}"
+    address = f"{host}:{port or free_port()}"
     command = [PROGRAM, "secondary", "--listen", address, "--store", str(here / "store")]
     command += ["--control", str(here / "control")]
     for name, path in targets.items():
         command += ["--disk", f"{name}={path}"]
-    async with _start([*command, *options], here, address, wait) as controller:
+    async with _start([*within, *command, *options], here, address, wait) as controller:
         yield controller
 
 
@@ -154,8 +172,9 @@ async def start_primary(
     peer: str,
     *,
     nodes: Mapping[str, str] | None = None,
-    interval_ms: int = 200,
+    interval_ms: int | None = 200,
     options: Sequence[str] = (),
+    within: Sequence[str] = (),
     wait: bool = True,
 ) -> AsyncIterator[Controller]:
     """Run a primary for the length of the block, with its state in ``directory``/primary.
@@ -165,16 +184,19 @@ async def start_primary(
     :param qmp: QEMU's socket for it, :attr:`integration.machine.Machine.qmp_path`.
     :param peer: :attr:`Controller.address` of the secondary, or of a proxy.
     :param nodes: node for each disk name; by default all writable disks of the VM.
+    :param interval_ms: milliseconds between checkpoints; None: a toolstack says when.
     :param options: more of the command's.
+    :param within: command that runs it, such as ``nsenter`` with its options; it must not fork.
     :param wait: until its control socket answers.
     """
     here = directory / "primary"
     here.mkdir(parents=True, exist_ok=True)
-    command = [PROGRAM, "primary", "--qmp", str(qmp), "--peer", peer, "--interval", str(interval_ms)]
+    command = [PROGRAM, "primary", "--qmp", str(qmp), "--peer", peer]
+    command += ["--toolstack"] if interval_ms is None else ["--interval", str(interval_ms)]
     command += ["--state-dir", str(here / "state"), "--control", str(here / "control")]
     for name, node in (nodes or {}).items():
         command += ["--disk", f"{name}={node}"]
-    async with _start([*command, *options], here, peer, wait) as controller:
+    async with _start([*within, *command, *options], here, peer, wait) as controller:
         yield controller
 
 

@@ -103,7 +103,8 @@ async def start_block_load(
 
 async def stop_loads(machine: Machine) -> None:
     """End all loads in the guest, the ledger among them, each inside no operation or behind it."""
-    await machine.guest.run("killall load ledger; while pidof load ledger; do usleep 50000; done", check=False)
+    names = "load ledger pulse"
+    await machine.guest.run(f"killall {names}; while pidof {names}; do usleep 50000; done", check=False)
 
 
 async def check_disks(directory: Path, guest: GuestImage, first: Path, second: Path, *, name: str = "check") -> Verdict:

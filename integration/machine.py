@@ -12,9 +12,10 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,12 +24,12 @@ from typing import Any
 
 import trio
 
-from integration.agent import Agent, GuestError, connect
+from integration.agent import Agent, GuestError
 from integration.guest.build import GuestImage, guest_image
+from integration.images import copy_image
 from integration.process import Process, background, start_process
+from integration.qemus import selected
 from integration.qmp import Qmp, open_qmp
-
-QEMU = os.environ.get("QEMU_REMUS_QEMU", "qemu-system-x86_64")
 
 #: Seconds within which an emulated guest on a busy machine is up; some 5 on an idle one.
 BOOT_TIMEOUT = 180.0
@@ -61,6 +62,7 @@ class Disk:
     :param name: id of its device, and of its drive.
     :param image: existing file.
     :param iothread: give it an iothread of its own (virtio and scsi).
+    :param errors: that the storage beneath makes, as blkdebug's ``inject-error`` has them; only of style ``BLOCKDEV``.
     """
 
     name: str
@@ -70,6 +72,16 @@ class Disk:
     format: str = "raw"
     iothread: bool = False
     read_only: bool = False
+    errors: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """What the guest sees, in bytes."""
+        return self.image.stat().st_size
+
+    async def copy_to(self, target: Path) -> None:
+        """Put aside, as a raw image, what the disk holds; while nobody writes to it."""
+        await copy_image(self.image, target)
 
     def arguments(self) -> Iterator[str]:
         """What it adds to QEMU's command line."""
@@ -100,7 +112,12 @@ class Disk:
                 yield from ("-device", f"nvme,serial={self.name},{common}")
 
     def _node(self) -> dict[str, Any]:
-        file = {"driver": "file", "filename": str(self.image), "node-name": f"{self.name}-file", "discard": "unmap"}
+        file: dict[str, Any] = {"driver": "file", "filename": str(self.image), "discard": "unmap"}
+        file["node-name"] = f"{self.name}-file"
+        if self.errors:
+            node = f"{self.name}-errors"
+            file = {"driver": "blkdebug", "node-name": node, "image": file, "inject-error": list(self.errors)}
+            file["discard"] = "unmap"
         return {
             "driver": self.format,
             "node-name": f"{self.name}-node",
@@ -118,9 +135,19 @@ class Machine:
     :ivar spare_qmp_path: one more, for another tool.
     :ivar disks: as described, in order.
     :ivar console: file with what the guest wrote to its serial console.
+    :ivar ram: the file that is its memory, where it was started with one.
+    :ivar output: our end of the guest's port ``output``, non-blocking.
     """
 
-    def __init__(self, process: Process, directory: Path, disks: Sequence[Disk], qmp: Qmp) -> None:
+    def __init__(
+        self,
+        process: Process,
+        directory: Path,
+        disks: Sequence[Disk],
+        qmp: Qmp,
+        output: socket.socket,
+        ram: Path | None = None,
+    ) -> None:
         self.process = process
         self.directory = directory
         self.disks = tuple(disks)
@@ -128,15 +155,21 @@ class Machine:
         self.qmp_path = directory / "qmp"
         self.spare_qmp_path = directory / "spare-qmp"
         self.console = directory / "console"
+        self.ram = ram
+        self.output = output
         self._agent: Agent | None = None
 
-    async def _boot(self, nursery: trio.Nursery, timeout: float) -> None:
-        self._agent = await connect(self.directory / "agent")
-        nursery.start_soon(self._agent.receive)
+    async def _boot(self, nursery: trio.Nursery, agent: Agent, timeout: float, *, restored: bool) -> None:
+        self._agent = agent
+        nursery.start_soon(agent.receive)
         try:
             with trio.fail_after(timeout):
-                await self._agent.ready()
-        except (trio.TooSlowError, GuestError) as error:
+                if restored:
+                    # it was ready long ago, on another QEMU, and does not say so again
+                    await agent.run("true", timeout=timeout)
+                else:
+                    await agent.ready()
+        except (trio.TooSlowError, TimeoutError, GuestError) as error:
             text = self.console.read_text(errors="replace") if self.console.exists() else ""
             last = "\n".join(text.splitlines()[-30:])
             raise GuestError(
@@ -154,6 +187,19 @@ class Machine:
         if self._agent is None:
             raise AssertionError("this machine was started without a guest")
         return self._agent
+
+    @asynccontextmanager
+    async def input_held(self) -> AsyncIterator[None]:
+        """Send the guest nothing during the block.
+
+        QEMU hands on what a port receives while the VM is stopped, too: into the guest's memory, and into the device's
+        state. A checkpoint that takes these one after the other must not have that between them.
+        """
+        if self._agent is None:
+            yield
+        else:
+            async with self._agent.held():
+                yield
 
     async def hmp(self, line: str) -> str:
         """Run a command of the human monitor; what it prints, errors among it, is returned."""
@@ -202,6 +248,25 @@ class Machine:
         status: str = (await self.qmp.execute("query-status"))["status"]
         return status
 
+    async def running(self, *, timeout: float = 5.0) -> None:
+        """Wait until it runs, as where the pause of a checkpoint may be under way."""
+        with trio.move_on_after(timeout):
+            while True:
+                status = await self.status()
+                if status == "running":
+                    return
+                await trio.sleep(0.005)
+        raise AssertionError(f"the VM is {status} after {timeout:g} s")
+
+    async def stays_paused(self, *, seconds: float = 0.2) -> bool:
+        """Whether it is paused for longer than by a checkpoint."""
+        with trio.move_on_after(seconds):
+            while True:
+                if await self.status() != "paused":
+                    return False
+                await trio.sleep(0.01)
+        return True
+
     async def pause(self) -> None:
         """Stop the VM; QEMU flushes its disks. The images are its disks from now on, while it is stopped."""
         await self.qmp.execute("stop")
@@ -226,7 +291,7 @@ class Machine:
             case Interface.NVME:
                 return f"/dev/nvme{index}n1"
             case Interface.IDE | Interface.SCSI:
-                return f"/dev/sd{chr(ord('a') + index)}"
+                return f"/dev/scsi-disk{index}"
 
     async def kill(self) -> None:
         """SIGKILL, as when the host dies; returns when it has ended."""
@@ -248,7 +313,11 @@ async def start_machine(
     guest: GuestImage | None = None,
     accelerator: str | None = None,
     memory_mb: int = 192,
+    ram: Path | None = None,
+    device_state: Path | None = None,
+    earlier: Agent | None = None,
     extra: Sequence[str] = (),
+    within: Sequence[str] = (),
     boot_timeout: float = BOOT_TIMEOUT,
 ) -> AsyncIterator[Machine]:
     """Run a machine for the length of the block; at its end, and whatever ends us, QEMU is killed.
@@ -256,21 +325,32 @@ async def start_machine(
     :param directory: existing, with a short path (it holds sockets); a directory ``name`` is made in it.
     :param guest: boot this and wait until it is up; None: no operating system.
     :param accelerator: ``kvm`` or ``tcg``; by default what :func:`best_accelerator` finds.
+    :param ram: file to have as the guest's memory, shared, so that all of the VM can be checkpointed; QEMU makes it
+        where it is not there.
+    :param device_state: go on with this and ``ram`` instead of booting; the guest must be the one, and the disks in
+        number and order, of when they were taken.
+    :param earlier: with ``device_state``: agent of the guest's life until then; its jobs' output is followed further.
     :param extra: more of QEMU's arguments.
+    :param within: command that runs QEMU, such as ``nsenter`` with its options; it must not fork.
     :param boot_timeout: seconds until the guest must be up.
     :raise GuestError: when the guest does not come up; with the console's last lines.
     """
     accelerator = accelerator or await best_accelerator()
     here = directory / name
     here.mkdir()
-    with contextlib.closing(_Listeners(here)) as listeners:
-        command = _command(name, here, disks, guest, accelerator, memory_mb, listeners)
-        async with start_process([*command, *extra], out=here / "log", pass_fds=listeners.fds) as process:
-            listeners.close()
+    with contextlib.closing(_Sockets(here)) as sockets:
+        command = _command(name, here, disks, guest, accelerator, memory_mb, ram, sockets)
+        if device_state:
+            command += ["-incoming", f"exec:cat {shlex.quote(str(device_state))}"]
+        async with start_process([*within, *command, *extra], out=here / "log", pass_fds=sockets.fds) as process:
+            sockets.started()
             async with _connected(process, here / "harness-qmp") as qmp, background() as nursery:
-                machine = Machine(process, here, disks, qmp)
+                machine = Machine(process, here, disks, qmp, sockets.output, ram)
                 if guest:
-                    await machine._boot(nursery, boot_timeout)
+                    agent = Agent(trio.SocketStream(trio.socket.from_stdlib_socket(sockets.agent)))
+                    if earlier:
+                        agent.adopt(earlier)
+                    await machine._boot(nursery, agent, boot_timeout, restored=device_state is not None)
                 yield machine
 
 
@@ -286,30 +366,57 @@ async def _connected(process: Process, path: Path) -> AsyncIterator[Qmp]:
         yield qmp
 
 
-class _Listeners:
-    """Sockets that listen already when QEMU is handed them, so that nobody must wait for it to make them."""
+class _Sockets:
+    """QEMU's sockets, made before it: nobody must wait for it to make them.
+
+    The guest's ports are connected from the beginning. A guest whose port is not connected for a moment sees that, and
+    reads an end of file: one that goes on here from a checkpoint must not.
+
+    :ivar agent: our end of the agent's port.
+    :ivar output: our end of the port that stands for the network.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._sockets: list[socket.socket] = []
+        self._theirs: list[socket.socket] = []
+        self.agent, self._agent = self._pair()
+        self.output, self._output = self._pair()
 
     @property
     def fds(self) -> list[int]:
-        return [listener.fileno() for listener in self._sockets]
+        return [one.fileno() for one in self._theirs]
 
-    def chardev(self, name: str) -> str:
-        """A new one, as the value of ``-chardev``; its id and its file's name are ``name``."""
+    def _pair(self) -> tuple[socket.socket, socket.socket]:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self._theirs.append(theirs)
+        return ours, theirs
+
+    def listener(self, name: str) -> str:
+        """A new listening one, as the value of ``-chardev``; its id and its file's name are ``name``."""
         listener = socket.socket(socket.AF_UNIX)
-        self._sockets.append(listener)
+        self._theirs.append(listener)
         listener.bind(str(self._directory / name))
         listener.listen(4)
         return f"socket,id={name},fd={listener.fileno()},server=on,wait=off"
 
+    def ports(self) -> Iterator[str]:
+        """The guest's ports, ``agent`` and ``output``, as arguments."""
+        yield from ("-device", "virtio-serial-pci,id=ports")
+        for name, theirs in (("agent", self._agent), ("output", self._output)):
+            yield from ("-chardev", f"socket,id={name},fd={theirs.fileno()}")
+            yield from ("-device", f"virtserialport,bus=ports.0,chardev={name},name={name}")
+
+    def started(self) -> None:
+        """Close QEMU's ends: it has its own, and when it is gone nobody must be able to connect."""
+        for one in self._theirs:
+            one.close()
+
     def close(self) -> None:
-        """Close our ends: QEMU has its own, and when it is gone nobody must be able to connect."""
-        for listener in self._sockets:
-            listener.close()
-        self._sockets.clear()
+        """Close all."""
+        self.started()
+        self.agent.close()
+        self.output.close()
 
 
 def _command(
@@ -319,11 +426,18 @@ def _command(
     guest: GuestImage | None,
     accelerator: str,
     memory_mb: int,
-    listeners: _Listeners,
+    ram: Path | None,
+    sockets: _Sockets,
 ) -> list[str]:
     # line-buffered, for Machine.qemu_io
-    command = ["stdbuf", "-oL", QEMU, "-name", name, "-nodefaults", "-display", "none", "-no-reboot"]
-    command += ["-machine", f"pc,accel={accelerator}", "-m", str(memory_mb)]
+    command = ["stdbuf", "-oL", *selected().system, "-name", name, "-nodefaults", "-display", "none", "-no-reboot"]
+    command += ["-m", str(memory_mb), "-machine"]
+    if ram:
+        command += [f"pc,accel={accelerator},memory-backend=ram,suppress-vmdesc=on"]
+        command += ["-object", f"memory-backend-file,id=ram,size={memory_mb}M,mem-path={ram},share=on"]
+        command += ["-global", "migration.send-configuration=off"]
+    else:
+        command += [f"pc,accel={accelerator}"]
     if accelerator == "kvm":
         command += ["-cpu", "host"]
     for disk in disks:
@@ -332,24 +446,25 @@ def _command(
         words = f"console=ttyS0 loglevel=4 panic=-1 mitigations=off disks={len(disks)}"
         command += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", words]
     for path in ("harness-qmp", "qmp", "spare-qmp"):
-        command += ["-chardev", listeners.chardev(path), "-mon", f"chardev={path},mode=control"]
+        command += ["-chardev", sockets.listener(path), "-mon", f"chardev={path},mode=control"]
     command += ["-chardev", f"file,id=console,path={here / 'console'}", "-serial", "chardev:console"]
-    command += ["-chardev", listeners.chardev("agent"), "-device", "virtio-serial-pci,id=ports"]
-    command += ["-device", "virtserialport,bus=ports.0,chardev=agent,name=agent"]
-    return command
+    return [*command, *sockets.ports()]
 
 
-_best: list[str] = []
+_best: dict[str, str] = {}
 
 
 async def best_accelerator() -> str:
-    """``kvm`` where a trial boot of the guest succeeds, else ``tcg``; ``QEMU_REMUS_ACCEL`` overrides it.
+    """``kvm`` where a trial boot of the guest succeeds with the selected QEMU, else ``tcg``.
+
+    ``QEMU_REMUS_ACCEL`` overrides it.
 
     ``/dev/kvm`` may be there and still not work, and even a QEMU that starts with it may not get far.
     """
-    if not _best:
-        _best.append(os.environ.get("QEMU_REMUS_ACCEL") or ("kvm" if await _kvm_works() else "tcg"))
-    return _best[0]
+    qemu = selected().name
+    if qemu not in _best:
+        _best[qemu] = os.environ.get("QEMU_REMUS_ACCEL") or ("kvm" if await _kvm_works() else "tcg")
+    return _best[qemu]
 
 
 async def _kvm_works() -> bool:

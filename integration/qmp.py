@@ -38,6 +38,7 @@ class Qmp:
         self._stream = stream
         self._buffer = bytearray()
         self._lock = trio.Lock()
+        self._number = 0
         self.greeting: dict[str, Any] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=10_000)
 
@@ -48,7 +49,9 @@ class Qmp:
         :raise EOFError: when the connection ends first.
         :raise TimeoutError: when no reply comes within ``timeout`` seconds.
         """
-        message: dict[str, Any] = {"execute": command}
+        self._number += 1
+        # the answer to a command that somebody stopped waiting for must not pass for the next one's
+        message: dict[str, Any] = {"execute": command, "id": self._number}
         if arguments:
             message["arguments"] = arguments
         async with self._lock:
@@ -61,6 +64,8 @@ class Qmp:
                     reply = await self._receive()
                     if "event" in reply:
                         self.events.append(reply)
+                    elif reply.get("id", message["id"]) != message["id"]:
+                        continue
                     elif "error" in reply:
                         raise QmpError(command, reply["error"]["class"], reply["error"]["desc"])
                     else:

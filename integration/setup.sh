@@ -5,6 +5,8 @@
 #   setup.sh qemu     what the integration tests and the demo need: QEMU, a C compiler, e2fsprogs
 #   setup.sh guest    fetch (not install) the packages that the test guest is made of, into .cache/guest
 #   setup.sh make     make itself
+#   setup.sh qemu-root SUITE
+#                     another Debian release's QEMU (bookworm, trixie, sid) into .cache/qemu/SUITE, to be run from there
 #
 # All that this project does with apt is in this file. Progress goes to stderr.
 set -eu
@@ -133,11 +135,77 @@ guest() {
     rmdir "$cache/incoming"
 }
 
+# The mirror and the proxy that the machine's own apt uses; the security archive and other people's are not it.
+mirror() {
+    apt-get indextargets --format '$(REPO_URI)' "Created-By: Packages" "Origin: Debian" "Label: Debian" \
+        "Component: main" 2>/dev/null | head -n 1
+}
+
+proxy() {
+    local address
+    address=$(apt-config shell address Acquire::http::Proxy 2>/dev/null | sed "s/^address='\(.*\)'$/\1/")
+    [ -z "$address" ] || [ "$address" = DIRECT ] || echo "http_proxy=$address"
+}
+
+# What debootstrap mounts in there, and leaves where it is killed, must not be emptied with it.
+unmount() {
+    local point
+    awk -v under="$PWD/$1/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts | sort -r |
+        while read -r point; do as_root umount "$point" >&2; done
+}
+
+remove() {
+    [ -e "$1" ] || return 0
+    unmount "$1"
+    as_root rm -rf --one-file-system "$1"
+}
+
+# A root that is not complete never has its final name, so an interrupted one is not taken for one, and is begun anew.
+qemu_root() {
+    local suite=$1 root=.cache/qemu/$1 new=.cache/qemu/$1.new from log
+    mkdir -p .cache/qemu
+    exec 9>".cache/qemu/$suite.lock"
+    flock 9
+    [ ! -e "$root" ] || return 0
+    need_apt "QEMU of Debian $suite"
+    PATH=$PATH:/usr/sbin command -v debootstrap >/dev/null || install debootstrap
+    [ -n "$(mirror)" ] || update
+    from=$(mirror)
+    if [ -z "$from" ]; then
+        say "apt's sources name no Debian mirror"
+        return 1
+    fi
+    say "fetching QEMU of Debian $suite (a minute, 500 MB while it is unpacked)"
+    log=.cache/qemu/$suite.log
+    remove "$new"
+    mkdir "$new"
+    # debootstrap is told the whole path: it makes links of it
+    # shellcheck disable=SC2046
+    if ! as_root env PATH="$PATH:/usr/sbin:/sbin" $(proxy) debootstrap --variant=minbase \
+        --include=qemu-system-x86,qemu-utils,qemu-block-extra "$suite" "$PWD/$new" "$from" >"$log" 2>&1 9>&-; then
+        # the mirror's address and whatever comes with it stay in the log
+        say "debootstrap failed: $(grep -E '^[EW]:' "$log" | tail -n 1 | sed -E 's,[a-z]+://[^ ]*,the mirror,'); all of it is in $log"
+        remove "$new"
+        return 1
+    fi
+    unmount "$new"
+    # ours, so that it can be removed without root; and without what no QEMU needs
+    as_root chown -R "$(id -u):$(id -g)" "$new"
+    rm -rf "$new"/var/cache/apt/archives/*.deb "$new"/var/lib/apt/lists/* "$new"/usr/share/{doc,man,locale} "$new"/dev/*
+    mv "$new" "$root"
+}
+
 case ${1-} in
 python | qemu | guest) "$1" ;;
+qemu-root)
+    case ${2-} in
+    "" | *[!a-z]*) say "which suite? such as: setup.sh qemu-root trixie" && exit 2 ;;
+    *) qemu_root "$2" ;;
+    esac
+    ;;
 make) command -v make >/dev/null || install make ;;
 *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

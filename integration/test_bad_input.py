@@ -510,7 +510,8 @@ async def test_a_stopped_controller_does_not_hang_qemu(scratch: Path) -> None:
         one_disk(scratch, size=BIG) as machine,
         start_secondary(scratch, {"disk0": scratch / "copy"}) as secondary,
         start_proxy(secondary.address) as proxy,
-        start_primary(scratch, machine.qmp_path, proxy.address) as primary,
+        # stopped for as long as this takes; what ends it otherwise is integration/test_watchdog.py's
+        start_primary(scratch, machine.qmp_path, proxy.address, options=("--watchdog", "600")) as primary,
     ):
         await primary.protected()
         await in_transfer(machine, primary, proxy)
@@ -536,6 +537,9 @@ async def test_detach_after_sigkill_leaves_nothing(scratch: Path) -> None:
         async with start_primary(scratch, machine.qmp_path, proxy.address) as primary:
             await primary.protected()
             await in_transfer(machine, primary, proxy)
+            # which would take out nearly all; stopped, the controller does not replace it
+            primary.process.signal(signal.SIGSTOP)
+            os.kill(primary.guardian, signal.SIGKILL)
             await primary.kill()
         # as the controller left it: in the middle of the epoch, with the VM not paused
         left = await look(machine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import shutil
 import statistics
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -21,6 +21,7 @@ import pytest
 import trio
 
 from integration.machine import Disk, Interface, Machine, Style, start_machine
+from integration.qemus import OTHERS
 from qemu_remus.core.errors import CheckpointVoid, GraphChanged, QemuRemusError, SnapshotBroken
 from qemu_remus.core.model import EpochNumber, Generation, NodeName, pair_name
 from qemu_remus.nbd.batches import Batch
@@ -34,6 +35,8 @@ from qemu_remus.qemu.guardian_client import start_guardian
 from qemu_remus.qemu.nodes import BitmapIdentity, is_ours
 from tests.faulty_qmp import Fault, FaultyQmp
 
+pytestmark = pytest.mark.every_qemu(slow=OTHERS)
+
 PAIR = pair_name("real")
 GENERATION = Generation(UUID("11111111-2222-3333-4444-555555555555"))
 ODD = (8 << 20) + 22_016
@@ -42,6 +45,11 @@ ODD = (8 << 20) + 22_016
 
 def identity(number: int) -> BitmapIdentity:
     return BitmapIdentity(PAIR, GENERATION, None, EpochNumber(number))
+
+
+def named(number: int) -> Callable[[object], BitmapIdentity]:
+    """Names the bitmap that takes over whatever is found."""
+    return lambda _: identity(number)
 
 
 @dataclass
@@ -64,14 +72,23 @@ class Rig:
 
 
 @asynccontextmanager
-async def attached(directory: Path, disks: Sequence[Disk]) -> AsyncIterator[Rig]:
-    async with start_machine(directory, disks) as machine, attach(machine, directory) as rig:
-        yield rig
+async def attached(directory: Path, disks: Sequence[Disk], way: str = "pull") -> AsyncIterator[Rig]:
+    async with start_machine(directory, disks) as machine:
+        if way == "push":
+            await take_nbd_server(machine)
+        async with attach(machine, directory) as rig:
+            yield rig
+
+
+async def take_nbd_server(machine: Machine) -> None:
+    """Somebody else starts QEMU's one NBD server, so that all of its disks are read by push."""
+    address = {"type": "unix", "data": {"path": str(machine.directory / "theirs")}}
+    await machine.qmp.execute("nbd-server-start", {"addr": address})
 
 
 @asynccontextmanager
 async def attach(machine: Machine, directory: Path) -> AsyncIterator[Rig]:
-    async with open_qmp(machine.qmp_path) as plain, start_guardian(machine.qmp_path) as guardian:
+    async with open_qmp(machine.qmp_path) as plain, start_guardian(machine.qmp_path, PAIR) as guardian:
         client = FaultyQmp(plain)
         capabilities = await query_capabilities(plain)
         disks = choose_disks(await discover(plain, capabilities), None, capabilities)
@@ -137,10 +154,11 @@ MIXES: dict[str, list[tuple[str, int, dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.parametrize("way", ["pull", "push"])
 @pytest.mark.parametrize("mix", MIXES)
-async def test_copies_equal_the_disks_at_the_checkpoint_byte_for_byte(scratch: Path, mix: str) -> None:
+async def test_copies_equal_the_disks_at_the_checkpoint_byte_for_byte(scratch: Path, mix: str, way: str) -> None:
     disks = [image(scratch, name, size, **options) for name, size, options in MIXES[mix]]
-    async with attached(scratch, disks) as rig:
+    async with attached(scratch, disks, way) as rig:
         machine, attachment = rig.machine, rig.attachment
         disks = by_filename(machine.disks, attachment)
         await scribble(machine, 1)
@@ -172,7 +190,7 @@ async def test_copies_equal_the_disks_at_the_checkpoint_byte_for_byte(scratch: P
                     put(copies, batch)
                     await scribble(machine, number + 200)
             await attachment.release(capture)
-            await attachment.remove_bitmap(identity(number))
+            await attachment.remove_bitmaps(identity(number))
             assert [same(*pair) for pair in zip(copies, images, strict=True)] == [True] * len(disks)
         await rig.see_harmless()
 
@@ -190,8 +208,9 @@ async def test_a_fault_at_any_command_leaves_the_vm_as_it_was(scratch: Path, fau
         for point in count():
             current = 2 * point + 3
             await rig.machine.qemu_io("a", f"write -P 7 {point * 8192} 4096")
-            old = sorted(set().union(*(await rig.attachment.bitmaps()).values()), key=lambda one: one.epoch)
-            await rig.attachment.merge_back(old, identity(current))
+            found = set().union(*(await rig.attachment.bitmaps()).values())
+            old = sorted((one.identity for one in found), key=lambda one: one.epoch)
+            await rig.attachment.merge_back(old, named(current))
             rig.client.arm(fault, point)
             try:
                 await rig.attachment.capture(identity(current), identity(current + 1), pause=True)
@@ -227,7 +246,7 @@ async def test_a_full_fleece_costs_the_epoch_and_never_the_guests_write(
             with pytest.raises(SnapshotBroken):
                 await anext(batches)
         await rig.attachment.release(capture)
-        await rig.attachment.merge_back([identity(1), identity(2)], identity(3))
+        await rig.attachment.merge_back([identity(1), identity(2)], named(3))
         assert await rig.attachment.dirty_bytes() == 65536
         await rig.see_harmless()
 
@@ -259,10 +278,10 @@ async def test_exact_counting_and_merging_do_what_the_fakes_say(scratch: Path) -
         await rig.attachment.start_tracking(identity(1))
         for offset in (0, 4096, 65536 - 512, 3 << 20):
             await rig.machine.qemu_io("a", f"write -P 1 {offset} 512")
-        assert await rig.attachment._capturer._count_clusters(identity(1), [0]) == 2 * 65536
-        await rig.attachment.merge_back([identity(1)], identity(2))
+        assert await rig.attachment._capturer._fleece_room._count_clusters(identity(1), [0]) == 2 * 65536
+        await rig.attachment.merge_back([identity(1)], named(2))
         assert await rig.attachment.dirty_bytes() == 4 * 4096
-        assert list((await rig.attachment.bitmaps()).values()) == [(identity(2),)]
+        assert list((await rig.attachment.bitmaps()).values()) == [(epoch.Tracked(identity(2), recording=True),)]
 
 
 async def test_a_released_fleece_is_empty_and_has_no_name(scratch: Path) -> None:
@@ -271,7 +290,7 @@ async def test_a_released_fleece_is_empty_and_has_no_name(scratch: Path) -> None
         await rig.machine.qemu_io("a", "write -P 1 0 1M")
         capture = await rig.attachment.capture(identity(1), identity(2), pause=True)
         await rig.machine.qemu_io("a", "write -P 2 0 1M")
-        (fleece,) = rig.attachment._fleeces
+        (fleece,) = rig.attachment._fleeces._files.values()
         assert fleece.allocated() >= 1 << 20
         await rig.attachment.release(capture)
         assert fleece.allocated() == 0
@@ -298,6 +317,6 @@ async def test_the_pause_does_not_grow_with_a_disk_of_100_gib(scratch: Path) -> 
             capture = await rig.attachment.capture(identity(number), identity(number + 1), pause=True)
             ours.append(capture.pause_seconds)
             await rig.attachment.release(capture)
-            await rig.attachment.remove_bitmap(identity(number))
+            await rig.attachment.remove_bitmaps(identity(number))
         print(f"bare {statistics.median(bare) * 1000:.2f} ms, ours {statistics.median(ours) * 1000:.2f} ms")
         assert statistics.median(ours) < 8 * statistics.median(bare)

@@ -8,38 +8,22 @@ the three disks are of one instant. (What ``Machine.qemu_io`` writes does not wa
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import struct
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from integration.harness import (
-    Controller,
-    Disk,
-    Interface,
-    Machine,
-    Style,
-    background,
-    committed,
-    copy_image,
-    first_difference,
-    free_port,
-    make_image,
-    qemu_remus,
-    start_machine,
-    start_primary,
-    start_secondary,
-)
+from integration.harness import Controller, Disk, Interface, Style, background, committed, copy_image
+from integration.pair import KIB, MIB, Scribbler, fill, image, pair_of, scribble
+from integration.qemus import OTHERS
 
-KIB = 1 << 10
-MIB = 1 << 20
+pytestmark = pytest.mark.every_qemu(slow=OTHERS)
+
 ODD = 40 * MIB + 22_016
 """A disk's size that is no multiple of 4 or 64 KiB."""
 
@@ -48,108 +32,6 @@ MEMORY_LIMIT = 200 * MIB
 
 SEED = 20
 """For the moments to kill at; the same ones in every run."""
-
-
-class Pair:
-    """A VM with both of its controllers, any of which may be killed and started again."""
-
-    def __init__(self, scratch: Path, machine: Machine, interval_ms: int) -> None:
-        self.scratch = scratch
-        self.machine = machine
-        self.targets = {disk.name: scratch / f"{disk.name}.copy" for disk in machine.disks}
-        self.primary: Controller
-        self.secondary: Controller
-        self._interval_ms = interval_ms
-        self._port = free_port()
-        self._stack = AsyncExitStack()
-
-    async def start_secondary(self) -> None:
-        """Start it, or start it again on its store."""
-        self.secondary = await self._stack.enter_async_context(
-            start_secondary(self.scratch, self.targets, port=self._port)
-        )
-
-    async def start_primary(self) -> None:
-        """Start it, or start it again on its state."""
-        self.primary = await self._stack.enter_async_context(
-            start_primary(self.scratch, self.machine.qmp_path, self.secondary.address, interval_ms=self._interval_ms)
-        )
-
-    async def captured_from_now(self, *, timeout: float = 60.0) -> int:
-        """Wait for the commit of a checkpoint whose capture began after the call; its number, or a later one's."""
-        status = await self.primary.status()
-        # the next one may be under way already
-        least = int(status["checkpoint"]["captured"] or 0) + 2
-        return committed(await self.primary.wait_until(lambda now: committed(now) >= least, timeout=timeout))
-
-    async def put_aside(self) -> dict[str, Path]:
-        """Pause the VM; copies of its disks, which every checkpoint holds from now on."""
-        # A stop that comes inside the primary's own pause cannot be seen by it (QEMU has no event for it), and it
-        # resumes the VM; one that comes at any other time must hold, through the checkpoints that are waited for.
-        least = 0
-        for _ in range(5):
-            await self.machine.pause()
-            least = await self.captured_from_now()
-            if await self.machine.status() == "paused":
-                break
-        images = {disk.name: await copy_image(disk.image, self.aside(disk)) for disk in self.machine.disks}
-        assert await self.machine.status() == "paused"
-        assert committed(await self.primary.status()) >= least
-        return images
-
-    def aside(self, disk: Disk) -> Path:
-        """Where :meth:`put_aside` puts the disk's copy."""
-        return self.scratch / f"{disk.name}.aside"
-
-    async def crash(self) -> int:
-        """SIGKILL to QEMU and the primary at once, as when their host dies; the last checkpoint known as committed."""
-        last = committed(await self.secondary.status())
-        self.machine.process.kill()
-        self.primary.process.kill()
-        await self.machine.process.wait()
-        await self.primary.process.wait()
-        await self.secondary.wait_until(lambda status: status["connection"] != "connected")
-        return last
-
-    async def fail_over(self) -> dict[str, Any]:
-        """Run the command; its answer."""
-        done = await qemu_remus("failover", "--control", str(self.secondary.control), "--json", scratch=self.scratch)
-        answer: dict[str, Any] = json.loads(done.check().out)
-        assert {disk["name"]: Path(disk["target"]) for disk in answer["disks"]} == self.targets
-        return answer
-
-    async def see_equal(self, images: dict[str, Path]) -> None:
-        """Compare the secondary's images with others, whole, lengths and all."""
-        differences = {name: await first_difference(path, self.targets[name]) for name, path in images.items()}
-        assert differences == dict.fromkeys(images)
-
-    async def see_exact_after_crash(self) -> None:
-        """Pause, put the disks aside, crash, fail over, compare."""
-        images = await self.put_aside()
-        last = await self.crash()
-        assert (await self.fail_over())["checkpoint"] >= last
-        await self.see_equal(images)
-
-    async def aclose(self) -> None:
-        """End the controllers."""
-        await self._stack.aclose()
-
-
-@asynccontextmanager
-async def pair_of(scratch: Path, disks: Sequence[Disk], *, interval_ms: int = 100) -> AsyncIterator[Pair]:
-    """Run the VM and its controllers, the primary not yet."""
-    async with start_machine(scratch, disks, memory_mb=32) as machine:
-        pair = Pair(scratch, machine, interval_ms)
-        try:
-            await pair.start_secondary()
-            yield pair
-        finally:
-            with trio.CancelScope(shield=True):
-                await pair.aclose()
-
-
-def image(directory: Path, name: str, size: int, **options: Any) -> Disk:
-    return Disk(name, make_image(directory / f"{name}.img", size), **options)
 
 
 ONE: list[tuple[str, int, dict[str, Any]]] = [("a", ODD, {})]
@@ -165,60 +47,7 @@ def make_disks(scratch: Path, mix: str) -> list[Disk]:
     return [image(scratch, name, size, **options) for name, size, options in MIXES[mix]]
 
 
-async def fill(machine: Machine) -> None:
-    """The start, the middle and the end of every disk; the ends not in whole clusters."""
-    for index, disk in enumerate(machine.disks):
-        size = disk.image.stat().st_size
-        for command in (
-            f"write -P {0x11 + index} 0 64k",
-            f"write -P {0x22 + index} 1M 3M",
-            f"write -P {0x33 + index} {size - 64 * KIB} 64k",
-        ):
-            await machine.qemu_io(disk.name, command)
-
-
-async def scribble(machine: Machine, seed: int) -> None:
-    """Whole and partial overwrites on either side and next to each other, zeroes and discards, on every disk."""
-    for index, disk in enumerate(machine.disks):
-        size = disk.image.stat().st_size
-        base = (seed * 7 + index * 3) % 40 * 128 * KIB
-        for command in (
-            f"write -P {seed % 255 + 1} {base} 64k",
-            f"write -P {seed % 251 + 2} {base} 512",
-            f"write -P {seed % 241 + 3} {base + 64 * KIB - 1536} 1536",
-            f"write -P {seed % 239 + 4} {base + 64 * KIB} 4k",
-            f"write -P {seed % 233 + 5} {base + 20 * KIB + 512} 1k",
-            f"write -z {base + 8 * KIB} 12k",
-            f"discard {(base + 3 * MIB) % (6 * MIB)} 128k",
-            f"write -z {size - 512 * (seed % 90 + 2)} 512",
-            f"write -P {seed % 229 + 6} {size - 512} 512",
-        ):
-            await machine.qemu_io(disk.name, command)
-
-
-class Scribbler:
-    """Scribbles in the background, through captures and transfers, until it is told to end."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._ending = False
-        self._ended = trio.Event()
-        self.rounds = 0
-
-    async def run(self) -> None:
-        """To be started in a nursery."""
-        while not self._ending:
-            self.rounds += 1
-            await scribble(self._machine, self.rounds)
-        self._ended.set()
-
-    async def end(self) -> None:
-        """Returns when its last write is done."""
-        self._ending = True
-        await self._ended.wait()
-        assert self.rounds > 3
-
-
+@pytest.mark.every_qemu
 @pytest.mark.parametrize("mix", MIXES)
 async def test_failed_over_disks_equal_the_paused_primarys_byte_for_byte(scratch: Path, mix: str) -> None:
     async with pair_of(scratch, make_disks(scratch, mix)) as pair, background() as nursery:

@@ -15,9 +15,11 @@ from itertools import count
 from pathlib import Path
 from uuid import UUID
 
+import pytest
 import trio
 
 from integration.machine import Disk, Machine, start_machine
+from integration.qemus import OTHERS
 from qemu_remus.core.model import EpochNumber, Generation, NodeName, pair_name
 from qemu_remus.qemu import commands, epoch
 from qemu_remus.qemu.attachment import open_attachment
@@ -28,6 +30,8 @@ from qemu_remus.qemu.discover import discover
 from qemu_remus.qemu.disks import choose_disks
 from qemu_remus.qemu.guardian_client import start_guardian
 from qemu_remus.qemu.nodes import BitmapIdentity, is_ours
+
+pytestmark = pytest.mark.every_qemu(slow=OTHERS)
 
 LIMIT = 60.0
 """Seconds after which a process is given up; an idle machine takes one."""
@@ -45,12 +49,18 @@ def blank(directory: Path, *names: str) -> list[Disk]:
 
 
 async def drive(
-    machine: Machine, directory: Path, number: int, fault: str, point: int | str, *, pause_limit: float = 30.0
+    machine: Machine,
+    directory: Path,
+    number: int,
+    fault: str,
+    point: int | str,
+    *options: object,
+    pause_limit: float = 30.0,
 ) -> int:
     """Run a controller of one checkpoint and wait until it and its guardian have ended; its exit status."""
     arguments: Sequence[object] = (
         *("--qmp", machine.qmp_path, "--directory", directory, "--generation", GENERATION, "--epoch", number),
-        *("--fault", fault, "--point", point, "--pause-limit", pause_limit),
+        *("--fault", fault, "--point", point, "--pause-limit", pause_limit, *options),
     )
     command = [sys.executable, "-m", "integration.capture_driver", *map(str, arguments)]
     with trio.fail_after(LIMIT):
@@ -84,10 +94,11 @@ async def track(machine: Machine) -> None:
 
 
 async def see_what_is_left(machine: Machine, expected: dict[str, int]) -> None:
-    """Take everything but the tracking out, and see that it is, and that no change was forgotten."""
+    """See that everything but the tracking was taken out by the guardian, and that no change was forgotten."""
     async with open_qmp(machine.qmp_path) as client:
         report = await detach(client, PAIR, keep_tracking=True)
         assert report.ok, report.lines()
+        assert report.removed == ()
         assert await client.execute(commands.query_block_exports()) == []
         nodes = epoch.bitmaps_by_node(await client.execute(commands.query_named_block_nodes()))
     assert not [name for name in nodes if is_ours(name)]
@@ -146,7 +157,7 @@ async def test_a_guardian_that_died_is_replaced_before_the_next_pause(scratch: P
         capabilities = await query_capabilities(client)
         disks = choose_disks(await discover(client, capabilities), None, capabilities)
         async with (
-            start_guardian(machine.qmp_path) as guardian,
+            start_guardian(machine.qmp_path, PAIR) as guardian,
             open_attachment(
                 client, capabilities, PAIR, disks, fleece_dir=scratch, runtime_dir=scratch, guardian=guardian
             ) as attachment,

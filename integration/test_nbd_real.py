@@ -16,11 +16,14 @@ import trio
 
 from integration.machine import Disk, Machine, start_machine
 from integration.process import run, start_process
+from integration.qemus import OTHERS
 from qemu_remus.core.errors import NbdRequestFailed, SnapshotBroken
 from qemu_remus.nbd.batches import Run, append_run
 from qemu_remus.nbd.client import NbdClient, close_all, open_nbd
 from qemu_remus.nbd.protocol import STATUS_EXTENTS, dirty_context, read_cost
 from qemu_remus.nbd.reader import BatchStream, read_allocated, read_dirty
+
+pytestmark = pytest.mark.every_qemu(slow=OTHERS)
 
 KIB = 1024
 MIB = 1024 * KIB

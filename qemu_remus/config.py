@@ -13,25 +13,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 from qemu_remus.core.errors import ConfigError, ControlUnreachable
-from qemu_remus.core.model import DiskName, NodeName, PairName, Role, disk_name, pair_name
+from qemu_remus.core.model import DiskName, Generation, NodeName, PairName, Role, disk_name, pair_name
 from qemu_remus.core.settings import (
     DEFAULT_HEARTBEAT_TIMEOUT_SECONDS,
     DEFAULT_INTERVAL_SECONDS,
     DEFAULT_JOURNAL_LIMIT_BYTES,
     DEFAULT_PAIR,
+    DEFAULT_WATCHDOG_SECONDS,
     Address,
     PrimaryConfig,
     SecondaryConfig,
 )
+from qemu_remus.core.target_spec import parse_target, with_options
 
 INTERVAL_MS: Final = (10, 600_000)
 """Shortest and longest interval between checkpoints, in milliseconds."""
 HEARTBEAT_SECONDS: Final = (0.5, 3600.0)
 """Shortest and longest heartbeat time-out, in seconds."""
-JOURNAL_LIMIT_BYTES: Final = 64 << 20
+WATCHDOG_SECONDS: Final = (2.0, 3600.0)
+"""Shortest and longest time for which a primary's controller may hang until it is killed, in seconds."""
+JOURNAL_LIMIT_BYTES: Final = 128 << 20
 """Smallest limit of a journal, in bytes."""
+RATE_BYTES: Final = 64 << 10
+"""Slowest pace for copying disks, in bytes a second: one message of data takes four seconds with it."""
 
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE: Final = re.compile(r"(\d{1,15})\s*([KMGT]?)(?:iB)?", re.IGNORECASE)
@@ -172,17 +179,23 @@ def primary_config(
     peer: str,
     pair: str = DEFAULT_PAIR,
     disks: Sequence[str] = (),
-    interval_ms: float = DEFAULT_INTERVAL_SECONDS * 1000,
+    interval_ms: float | None = DEFAULT_INTERVAL_SECONDS * 1000,
     state_dir: Path | None = None,
     fleece_dir: Path | None = None,
     control: Path | None = None,
     heartbeat_timeout_seconds: float = DEFAULT_HEARTBEAT_TIMEOUT_SECONDS,
+    watchdog_seconds: float = DEFAULT_WATCHDOG_SECONDS,
     allow_inconsistent_resync: bool = False,
+    commit_at_shutdown: bool = True,
+    rate: str | None = None,
+    fleece_memory: str | None = None,
 ) -> PrimaryConfig:
     """Check the options of ``qemu-remus primary`` and fill in the defaults.
 
     Paths that QEMU is told of become absolute: its working directory is not ours.
 
+    :param interval_ms: None: a toolstack drives the checkpoints.
+    :param rate: a size, for each second; None: no limit.
     :raise ConfigError: when one cannot be what it is.
     """
     name = pair_name(pair)
@@ -199,13 +212,17 @@ def primary_config(
         qmp=qmp,
         peer=address,
         disks=nodes or None,
-        interval_seconds=_within(interval_ms, INTERVAL_MS, "--interval", "milliseconds") / 1000,
+        interval_seconds=None if interval_ms is None else _interval(interval_ms),
         state_dir=state,
         fleece_dir=(fleece_dir or state / "fleece").absolute(),
         runtime_dir=socket.absolute().parent,
         control=socket,
         heartbeat_timeout_seconds=_heartbeat(heartbeat_timeout_seconds),
+        watchdog_seconds=_within(watchdog_seconds, WATCHDOG_SECONDS, "--watchdog", "seconds"),
         allow_inconsistent_resync=allow_inconsistent_resync,
+        commit_at_shutdown=commit_at_shutdown,
+        rate_bytes_per_second=None if rate is None else _rate(rate),
+        fleece_memory_bytes=_fleece_memory(fleece_memory),
     )
 
 
@@ -215,10 +232,14 @@ def secondary_config(
     listen: str,
     store: Path,
     disks: Sequence[str],
+    target_options: Sequence[str] = (),
+    target_secrets: Sequence[str] = (),
     pair: str = DEFAULT_PAIR,
     control: Path | None = None,
     sparse: bool = False,
     overwrite: bool = False,
+    force_discard: str | None = None,
+    disk_dir: Path | None = None,
     journal_limit: str | None = None,
     heartbeat_timeout_seconds: float = DEFAULT_HEARTBEAT_TIMEOUT_SECONDS,
 ) -> SecondaryConfig:
@@ -227,14 +248,21 @@ def secondary_config(
     :raise ConfigError: when one cannot be what it is.
     """
     name = pair_name(pair)
-    targets = {disk: Path(path).absolute() for disk, path in parse_assignments(disks, "NAME=PATH").items()}
-    if not targets:
-        raise ConfigError("no disk was given", hint="give each disk's image as --disk NAME=PATH")
-    if len(set(targets.values())) < len(targets):
+    here = Path.cwd()
+    given = parse_assignments(disks, "NAME=PATH or NAME=FORMAT:PATH")
+    targets = {disk: parse_target(disk, text, here) for disk, text in given.items()}
+    targets = with_options(targets, target_options, target_secrets, here)
+    if not targets and disk_dir is None:
+        raise ConfigError("no disk was given", hint="give each disk's image as --disk NAME=PATH, or --disk-dir DIR")
+    if disk_dir is not None and not disk_dir.is_dir():
+        raise ConfigError(
+            f"--disk-dir {disk_dir} is not a directory", hint="make it first, on storage with room for the images"
+        )
+    if len({target.location for target in targets.values()}) < len(targets):
         raise ConfigError("two --disk options name the same path", hint="every disk needs an image of its own")
     limit = DEFAULT_JOURNAL_LIMIT_BYTES if journal_limit is None else parse_size(journal_limit, "--journal-limit")
     if limit < JOURNAL_LIMIT_BYTES:
-        raise ConfigError(f"--journal-limit {journal_limit} is too small", hint="give at least 64M")
+        raise ConfigError(f"--journal-limit {journal_limit} is too small", hint="give at least 128M")
     return SecondaryConfig(
         pair=name,
         listen=parse_address(listen, "--listen"),
@@ -243,13 +271,41 @@ def secondary_config(
         control=control or places.control(name, Role.SECONDARY),
         sparse=sparse,
         overwrite=overwrite,
+        discard=None if force_discard is None else _generation(force_discard),
+        disk_dir=None if disk_dir is None else disk_dir.absolute(),
         journal_limit_bytes=limit,
         heartbeat_timeout_seconds=_heartbeat(heartbeat_timeout_seconds),
     )
 
 
+def _fleece_memory(text: str | None) -> int | None:
+    return None if text is None else parse_size(text, "--fleece-memory")
+
+
+def _generation(text: str) -> Generation:
+    try:
+        return Generation(UUID(text))
+    except ValueError:
+        raise ConfigError(
+            f"--force-discard {text} is no generation",
+            safe="nothing was started or changed",
+            hint="give the UUID that the refusal, or `qemu-remus status --json`, names",
+        ) from None
+
+
+def _interval(milliseconds: float) -> float:
+    return _within(milliseconds, INTERVAL_MS, "--interval", "milliseconds") / 1000
+
+
 def _heartbeat(seconds: float) -> float:
     return _within(seconds, HEARTBEAT_SECONDS, "--heartbeat-timeout", "seconds")
+
+
+def _rate(text: str) -> float:
+    rate = parse_size(text, "--rate")
+    if rate < RATE_BYTES:
+        raise ConfigError(f"--rate {text} is too slow", hint="give at least 64K, or leave it out for no limit")
+    return float(rate)
 
 
 def _within(value: float, bounds: tuple[float, float], option: str, unit: str) -> float:

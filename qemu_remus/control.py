@@ -10,9 +10,9 @@ connection, and ``emit`` never waits.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,7 @@ from qemu_remus.core.commands import BUILT_IN, COMMANDS, EVENTS, CapabilitiesArg
 from qemu_remus.core.dialect import BadRequest, NeedData, Request, RequestReader
 from qemu_remus.core.errors import CommandNotFound, ControlError, InternalError, QemuRemusError
 from qemu_remus.core.qapi import UnexpectedMember, introspect, read_arguments, to_qmp
+from qemu_remus.streams import receive, send_at_once
 
 CLIENT_LIMIT: Final = 16
 """Most clients at once."""
@@ -41,7 +42,7 @@ _RECEIVE_SIZE: Final = 16 * 1024
 
 Handler = Callable[[Any], Awaitable[object]]
 """Takes the arguments as the command's type in :data:`qemu_remus.core.commands.COMMANDS` says, checked; returns its
-answer's type.  Errors of :mod:`qemu_remus.core.errors` become the error reply, a ControlError with its class.
+answer's type.  Errors of :mod:`qemu_remus.core.errors` become the error reply, of their ``control_class``.
 
 It runs in its client's turn, so that the commands of one client are done one after another.  A client that goes away
 does not end it."""
@@ -64,6 +65,8 @@ class ControlServer:
         self._path = path
         self._now = now
         self._clients: set[_Client] = set()
+        self._busy = 0
+        self._rested = trio.Event()
         self._handlers: dict[str, Handler] = {
             **handlers,
             "query-version": self._query_version,
@@ -101,6 +104,23 @@ class ControlServer:
             for client in listening:
                 client.send_or_drop(line)
 
+    async def finish(self, timeout: float) -> None:
+        """Let the commands under way come to their end, see their answers off, and close every connection.
+
+        :param timeout: seconds; what is not done then is given up.
+        """
+        with trio.move_on_after(timeout):
+            while self._busy:
+                await self._rest()
+            for client in self._clients:
+                client.finish()
+            while self._clients:
+                await self._rest()
+
+    async def _rest(self) -> None:
+        self._rested = trio.Event()
+        await self._rested.wait()
+
     async def _serve_client(self, stream: trio.SocketStream) -> None:
         client = _Client(stream)
         if len(self._clients) >= CLIENT_LIMIT:
@@ -119,6 +139,7 @@ class ControlServer:
                 client.finish()
         finally:
             self._clients.discard(client)
+            self._rested.set()
 
     async def _converse(self, client: _Client) -> None:
         reader = RequestReader()
@@ -130,7 +151,12 @@ class ControlServer:
                 return
             reader.receive_data(data)
             while not isinstance(event := reader.next_event(), NeedData):
-                await client.send(await self._answer(client, event))
+                self._busy += 1
+                try:
+                    await client.send(await self._answer(client, event))
+                finally:
+                    self._busy -= 1
+                    self._rested.set()
                 if isinstance(event, BadRequest) and event.fatal:
                     return
 
@@ -139,10 +165,8 @@ class ControlServer:
             return dialect.failed("GenericError", event.why, event.ident)
         try:
             return dialect.returned(to_qmp(await self._execute(client, event)), event.ident)
-        except ControlError as error:
-            return dialect.failed(error.qmp_class, str(error), event.ident)
         except QemuRemusError as error:
-            return dialect.failed("GenericError", str(error), event.ident)
+            return dialect.failed(error.control_class, str(error), event.ident)
         except Exception:
             # A defect in answering must not end the protection of a VM.
             _log.exception("a control command failed inside", command=event.name)
@@ -197,45 +221,81 @@ class _Client:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.negotiated = False
         self._stream = stream
-        self._queue, self._queued = trio.open_memory_channel[bytes](QUEUE_LIMIT)
+        self._lines: deque[bytes] = deque()
+        self._news = trio.Event()
+        self._room = trio.lowlevel.ParkingLot()
+        self._finished = False
+        self._dead = False
+        self._sending = False
         self._writing = trio.CancelScope()
 
-    async def receive(self, *, deadline: float) -> bytes:
+    async def receive(self, *, deadline: float) -> bytes | bytearray:
         """Bytes from the client; none when it, the connection, or its time has ended."""
-        with trio.move_on_at(deadline), contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            return bytes(await self._stream.receive_some(_RECEIVE_SIZE))
+        try:
+            if deadline == math.inf:
+                return await receive(self._stream, _RECEIVE_SIZE)
+            with trio.move_on_at(deadline):
+                return await receive(self._stream, _RECEIVE_SIZE)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
         return b""
 
     async def send(self, line: bytes) -> None:
-        """Queue a reply, waiting for room; it is lost if the client is."""
-        try:
-            await self._queue.send(line)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            await trio.lowlevel.checkpoint()
+        """Send a reply, or queue it behind what waits already, if need be for a place there; lost if the client is."""
+        while len(self._lines) >= QUEUE_LIMIT and not self._dead:
+            await self._room.park()
+        self._say(line)
 
     def send_or_drop(self, line: bytes) -> None:
-        """Queue an event; a client without room for it is dropped, since it would not know what it missed."""
-        try:
-            self._queue.send_nowait(line)
-        except trio.WouldBlock:
+        """Send or queue an event; a client without room for it is dropped, since it would not know what it missed."""
+        if len(self._lines) < QUEUE_LIMIT:
+            self._say(line)
+        elif not self._dead:
             _log.warning("a control client does not read; its connection is closed", waiting=QUEUE_LIMIT)
-            self._writing.cancel()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
+            self.drop()
+
+    def drop(self) -> None:
+        """Close the connection without another word."""
+        self._dead = True
+        self._take()
+        self._writing.cancel()
+
+    def _say(self, line: bytes) -> None:
+        if self._dead:
+            return
+        if not (self._lines or self._sending):
+            line = line[send_at_once(self._stream, line) :]
+        if line:
+            self._lines.append(line)
+            self._news.set()
+
+    def _take(self) -> bytes:
+        lines = b"".join(self._lines)
+        self._lines.clear()
+        self._room.unpark_all()
+        return lines
 
     def finish(self) -> None:
         """Nothing more will be queued."""
-        self._queue.close()
+        self._finished = True
+        self._news.set()
 
     async def write(self) -> None:
         """Write the queue out until it ends or the client stops reading; then the connection is closed."""
         try:
             with self._writing:
-                async for line in self._queued:
-                    with trio.fail_after(SEND_TIMEOUT):
-                        await self._stream.send_all(line)
+                while self._lines or not self._finished:
+                    if not self._lines:
+                        self._news = trio.Event()
+                        await self._news.wait()
+                    elif lines := self._take():
+                        self._sending = True
+                        with trio.fail_after(SEND_TIMEOUT):
+                            await self._stream.send_all(lines)
+                        self._sending = False
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             pass
         finally:
-            self._queued.close()
+            self._dead = True
+            self._take()
             await trio.aclose_forcefully(self._stream)

@@ -10,11 +10,13 @@ delivered first; then whoever receives learns the reason.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -35,6 +37,7 @@ from qemu_remus.core.errors import (
 from qemu_remus.core.model import Role
 from qemu_remus.core.settings import Address
 from qemu_remus.core.wire import Buffer
+from qemu_remus.streams import receive, send_at_once
 
 __all__ = ["Link", "connect", "open_link"]
 
@@ -102,6 +105,8 @@ class Link:
         self._outbox: deque[_Frame] = deque([_Frame([self._connection.start()])])
         self._places = trio.Semaphore(_OUTBOX_FRAMES)
         self._work = trio.Event()
+        self._silence = trio.CancelScope()
+        self._resting = False
         self._queued = 1
         self._written = 0
         self._progress = trio.lowlevel.ParkingLot()
@@ -120,7 +125,7 @@ class Link:
         """
         counted = not isinstance(message, m.Goodbye)
         if counted and self._failure is None:
-            await self._places.acquire()
+            await self._place(message)
         else:
             await trio.lowlevel.checkpoint()
         if self._failure is not None:
@@ -132,6 +137,14 @@ class Link:
                 self._places.release()
             raise
         self._queue(_Frame(frame, counted=counted))
+
+    async def _place(self, message: m.Message) -> None:
+        """Get a place in the queue; without a turn of the scheduler for what comes once in an epoch."""
+        if not isinstance(message, m.SyncExtents | m.EpochExtents):
+            with contextlib.suppress(trio.WouldBlock):
+                self._places.acquire_nowait()
+                return
+        await self._places.acquire()
 
     async def flush(self) -> None:
         """Wait until all that was sent so far is in the hands of the operating system.
@@ -175,26 +188,41 @@ class Link:
     # --- tasks -------------------------------------------------------------------------------------------------------
 
     def _queue(self, frame: _Frame) -> None:
-        self._outbox.append(frame)
         self._queued += 1
-        self._work.set()
+        if not self._resting or self._outbox or sum(map(len, frame.pieces)) > _JOINED:
+            self._outbox.append(frame)
+            self._work.set()
+            return
+        whole = b"".join(frame.pieces)
+        taken = send_at_once(self._stream, whole)
+        self.bytes_sent += taken
+        if taken < len(whole):
+            self._outbox.append(replace(frame, pieces=[whole[taken:]]))
+            self._work.set()
+        else:
+            self._is_written(frame)
+
+    def _is_written(self, frame: _Frame) -> None:
+        self._beat_waits &= not frame.beat
+        self._written += 1
+        self._progress.unpark_all()
+        if frame.counted:
+            self._places.release()
 
     async def _write(self) -> None:
         try:
             while True:
                 while not self._outbox:
+                    self._resting = True
                     self._work = trio.Event()
                     await self._work.wait()
+                self._resting = False
                 frame = self._outbox.popleft()
-                self._beat_waits &= not frame.beat
                 for piece in _pieces(frame.pieces):
                     with trio.fail_after(self._send_timeout):
                         await self._stream.send_all(piece)
                     self.bytes_sent += len(piece)
-                self._written += 1
-                self._progress.unpark_all()
-                if frame.counted:
-                    self._places.release()
+                self._is_written(frame)
         except trio.TooSlowError:
             self._end(LinkLost(f"the peer took nothing for {self._send_timeout:g} seconds", safe=_SAFE, hint=_HINT))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -204,6 +232,7 @@ class Link:
                 await self._reader_done.wait()
             self._end(_lost("the connection broke", error))
         finally:
+            self._resting = False
             self._writer_done.set()
             self._progress.unpark_all()
 
@@ -214,6 +243,13 @@ class Link:
             self._reader_done.set()
 
     async def _read_to_the_end(self) -> None:
+        with self._silence:
+            await self._read_on()
+        if self._silence.cancelled_caught:
+            waited = f"{self._heartbeat_timeout:g} seconds"
+            self._end(PeerSilent(f"nothing was heard from the peer for {waited}", safe=_SAFE, hint=_HINT))
+
+    async def _read_on(self) -> None:
         while not self._ended.is_set():
             try:
                 event = self._connection.next_event()
@@ -238,17 +274,11 @@ class Link:
         await self._discard()
 
     async def _receive_data(self) -> bytes | bytearray | None:
-        """What comes next; None when the link ended instead.
-
-        The peer's silence counts only while we listen: a reader that waits for its owner hears nobody.
-        """
+        """What comes next; None when the link ended instead."""
+        # The peer's silence counts only while we listen: a reader that waits for its owner hears nobody.
+        self._silence.deadline = trio.current_time() + self._heartbeat_timeout
         try:
-            with trio.fail_after(self._heartbeat_timeout):
-                data = await self._stream.receive_some(_PIECE)
-        except trio.TooSlowError:
-            waited = f"{self._heartbeat_timeout:g} seconds"
-            self._end(PeerSilent(f"nothing was heard from the peer for {waited}", safe=_SAFE, hint=_HINT))
-            return None
+            data = await receive(self._stream, _PIECE)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             self._end(_lost("the connection broke", error))
             return None
@@ -257,19 +287,24 @@ class Link:
 
     async def _deliver(self, message: m.Message) -> None:
         try:
-            if isinstance(message, m.Heartbeat):
-                self._inbox_in.send_nowait(message)
-            else:
-                await self._inbox_in.send(message)
+            # Waiting for room, and for nothing where there is some.
+            self._inbox_in.send_nowait(message)
         except trio.WouldBlock:
-            # The next one says more.
-            pass
+            # A heartbeat can be left out: the next one says more.
+            if not isinstance(message, m.Heartbeat):
+                await self._wait_for_room(message)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             # The body has left, or the link has ended: nobody will ask for it.
             pass
 
+    async def _wait_for_room(self, message: m.Message) -> None:
+        self._silence.deadline = math.inf
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await self._inbox_in.send(message)
+
     async def _discard(self) -> None:
         """Read on until the peer closes."""
+        self._silence.deadline = math.inf
         try:
             while await self._stream.receive_some(_PIECE):
                 pass

@@ -17,9 +17,10 @@ from enum import Enum
 from functools import partial
 from typing import Final, Protocol, TextIO
 
-from qemu_remus.core.model import Connection, DiskState, Replication, Role
-from qemu_remus.core.report import Checkpoints, Pause, Report, SyncProgress
+from qemu_remus.core.model import Connection, DiskStanding, DiskState, Replication, Role
+from qemu_remus.core.report import Checkpoints, Pause, Report, SyncProgress, VerifyReport, VerifyState
 from qemu_remus.core.text import one_line
+from qemu_remus.core.text import size as size
 
 _LABEL: Final = 13
 _BAR: Final = 30
@@ -146,6 +147,8 @@ def render(report: Report, *, width: int = 100, style: Style = PLAIN) -> list[st
         share = _share(report.sync)
         lines.append(_row("sync", f"{style.bar(share, _BAR)} {share:.0%}"))
         lines.append(_row("", sync_numbers(report.sync)))
+    if report.verify is not None:
+        lines.append(_row("verify", _verified(report.verify)))
     peer = f" {'to' if report.role is Role.PRIMARY else 'from'} {report.peer}" if report.peer else ""
     lines.append(_row("connection", f"{report.connection}{peer}"))
     lines.append(_row("disk", report.disk))
@@ -177,16 +180,6 @@ def summary(report: Report) -> str:
     return "; ".join(parts)
 
 
-def size(count: float) -> str:
-    """Bytes for a person: at most four digits and a binary unit."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1023.5 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
-
-
 def duration(seconds: float) -> str:
     """Seconds for a person, in one or two units."""
     if seconds < 9.95:
@@ -202,6 +195,31 @@ def sync_numbers(sync: SyncProgress) -> str:
     """How far a sync is, how fast, and how long it will take."""
     left = "" if sync.seconds_left is None else f", {duration(sync.seconds_left)} left"
     return f"{size(sync.done_bytes)} of {size(sync.total_bytes)}, {size(sync.bytes_per_second)}/s{left}"
+
+
+def verify_numbers(verify: VerifyReport) -> str:
+    """How far a verification is, how fast, and what it has found so far."""
+    share = verify.done_bytes / verify.total_bytes if verify.total_bytes else 1.0
+    parts = [f"{share:.0%} of {size(verify.total_bytes)}"]
+    if verify.state is VerifyState.SUSPENDED:
+        parts.append("waits until the VM is protected again")
+    else:
+        parts.append(f"{size(verify.bytes_per_second)}/s")
+        if verify.seconds_left is not None:
+            parts.append(f"{duration(verify.seconds_left)} left")
+    if verify.differing_ranges:
+        parts.append(f"{verify.differing_ranges} ranges differ")
+    return ", ".join(parts)
+
+
+def _verified(verify: VerifyReport) -> str:
+    if verify.ended_age_seconds is None:
+        return verify_numbers(verify)
+    found = "no differences"
+    if verify.differing_ranges:
+        mended = f", {size(verify.repaired_bytes)} repaired" if verify.repaired_bytes else ""
+        found = f"{size(verify.differing_bytes)} differ in {verify.differing_ranges} ranges{mended}"
+    return f"{verify.state} {duration(verify.ended_age_seconds)} ago: {found}"
 
 
 def _row(label: str, text: str) -> str:
@@ -232,7 +250,9 @@ def _disks(report: Report) -> Iterator[str]:
     for disk in report.disks:
         where = disk.target or (f"node {disk.node}" if disk.node else "")
         length = "size unknown" if disk.size is None else size(disk.size)
-        yield _row(label, f"{disk.name:<{width}}  {length:>12}  {where}".rstrip())
+        standing = "" if disk.state is DiskStanding.PROTECTED else f"  {disk.state.upper()}"
+        why = f": {one_line(disk.reason)}" if disk.reason else ""
+        yield _row(label, f"{disk.name:<{width}}  {length:>12}  {where}{standing}{why}".rstrip())
         label = ""
 
 

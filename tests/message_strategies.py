@@ -7,6 +7,7 @@ from uuid import UUID
 from hypothesis import strategies as st
 
 from qemu_remus.core import messages as m
+from qemu_remus.core.comparison import DIGEST_SIZE, blocks_at_once
 from qemu_remus.core.errors import RefusalCode
 from qemu_remus.core.extents import Extent
 from qemu_remus.core.model import (
@@ -51,6 +52,8 @@ hellos = st.builds(
     highest_epoch=numbers,
     disk_state=st.sampled_from(DiskState),
     history=st.lists(st.tuples(generations, epochs), max_size=4).map(tuple),
+    begun=numbers,
+    decided=numbers,
 )
 
 
@@ -68,12 +71,27 @@ def extents_and_data(draw: st.DrawFn) -> tuple[tuple[Extent, ...], bytes]:
 sync_extents = extents_and_data().map(lambda pair: m.SyncExtents(*pair))
 epoch_extents = st.builds(lambda epoch, pair: m.EpochExtents(epoch, *pair), epochs, extents_and_data())
 
+
+@st.composite
+def questions(draw: st.DrawFn) -> m.CompareBlocks:
+    block_size = 1 << draw(st.integers(12, 20))
+    blocks = draw(st.integers(1, min(40, blocks_at_once(block_size))))
+    return m.CompareBlocks(
+        draw(st.integers(0, 255)),
+        draw(st.integers(0, 2**40)) * block_size,
+        block_size,
+        draw(st.binary(min_size=blocks * DIGEST_SIZE, max_size=blocks * DIGEST_SIZE)),
+    )
+
+
 messages: st.SearchStrategy[m.Message] = st.one_of(
     hellos,
     st.builds(m.Heartbeat, bases, bases, bases, bases, numbers),
     st.builds(m.Goodbye, st.sampled_from(RefusalCode), texts),
     st.builds(m.SyncBegin, generations, disks()),
     st.builds(m.SyncReady, st.lists(st.booleans(), max_size=5).map(tuple)),
+    st.builds(m.SyncResume, generations, disks()),
+    st.builds(m.SyncResumed, st.booleans(), numbers, st.lists(st.booleans(), max_size=5).map(tuple)),
     sync_extents,
     st.builds(m.SyncFlush, numbers),
     st.builds(m.SyncFlushed, numbers),
@@ -86,6 +104,8 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
     st.builds(m.AbortEpoch, epochs),
     st.builds(m.EpochAborted, epochs),
     st.builds(m.EpochRefused, epochs, st.sampled_from(RefusalCode), texts),
+    questions(),
+    st.builds(m.BlocksDiffer, st.integers(0, 255), numbers, st.binary(min_size=1, max_size=128)),
 )
 
 

@@ -34,6 +34,8 @@ class Behaviour:
     :ivar hang_up: closes the connection instead of answering the so-manieth request.
     :ivar ignore_goodbye: keeps the connection when the client says that it goes.
     :ivar structured, contexts, df: what it offers.
+    :ivar more_flags: transmission flags besides.
+    :ivar simple: answers writes and flushes by simple replies.
     """
 
     shuffle: random.Random | None = None
@@ -48,6 +50,8 @@ class Behaviour:
     ignore_goodbye: bool = False
     structured: bool = True
     df: bool = True
+    more_flags: int = 0
+    simple: bool = False
 
 
 @dataclass
@@ -56,6 +60,7 @@ class FakeDisk:
 
     :ivar contents: (offset, length) -> bytes.
     :ivar dirty, allocation: natural extents, (length, flags), covering the disk.
+    :ivar changes: writes (1), flushes (3) and writes of zeroes (6) that were done: command, flags, offset, data.
     """
 
     size: int
@@ -65,6 +70,7 @@ class FakeDisk:
     bitmap: str = "b0"
     behaviour: Behaviour = field(default_factory=Behaviour)
     requests: list[tuple[int, int, int]] = field(default_factory=list)
+    changes: list[tuple[int, int, int, bytes]] = field(default_factory=list)
     largest_owed: int = 0
     mixed: bool = False
     connections: int = 0
@@ -90,6 +96,8 @@ class Connection:
         self._contexts: list[str] = []
         self._state = self._flags
         self._waiting: list[tuple[int, int, int, int, int]] = []
+        self._payload = (0, 0, 0, 0)
+        self._written: dict[int, bytes] = {}
 
     def greeting(self) -> bytes:
         return b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3)
@@ -160,7 +168,7 @@ class Connection:
             return out + self._option_reply(option, 1)
         assert option == 7
         self._state = self._request
-        flags = 1 | 2 | (1 << 7 if self.disk.behaviour.df else 0)
+        flags = 1 | (1 << 7 if self.disk.behaviour.df else 0) | (self.disk.behaviour.more_flags or 2)
         return (
             self._option_reply(option, 3, struct.pack(">HQH", 0, self.disk.size, flags))
             + self._option_reply(option, 3, struct.pack(">H", 9) + b"of no interest")
@@ -181,19 +189,39 @@ class Connection:
             self.closed = not self.disk.behaviour.ignore_goodbye
             return b""
         assert offset + length <= self.disk.size
-        assert length > 0
+        assert length > 0 or command == 3
         assert command != 0 or flags & 4
+        if command == 1:
+            self._payload = (flags, cookie, offset, length)
+            self._state = self._data
+            return b""
         self._waiting.append((command, flags, cookie, offset, length))
         self.disk.requests.append((command, offset, length))
         if command == 0:
             self.disk._reading += 1
-        else:
+        elif command == 7:
             self.disk._asking += 1
         self.disk.mixed |= bool(self.disk._reading and self.disk._asking)
         return b""
 
+    def _data(self) -> bytes:
+        flags, cookie, offset, length = self._payload
+        if len(self._in) < length:
+            return b""
+        assert not any(
+            kind in (1, 6) and start < offset + length and offset < start + count
+            for kind, _, _, start, count in self._waiting
+        ), "writes that overlap are on their way at once"
+        self._written[cookie] = self._take(length)
+        self._waiting.append((1, flags, cookie, offset, length))
+        self.disk.requests.append((1, offset, length))
+        self._state = self._request
+        return b""
+
     def _worst(self, request: tuple[int, int, int, int, int]) -> int:
         command, flags, _, offset, length = request
+        if command in (1, 3, 6):
+            return OVERHEAD + 20
         if command == 0:
             return OVERHEAD + 28 + length
         return sum(OVERHEAD + 24 + 8 * len(self._status(context, flags, offset, length)) for context in self._contexts)
@@ -205,8 +233,10 @@ class Connection:
         behaviour = self.disk.behaviour
         if command == 0:
             self.disk._reading -= 1
-        else:
+        elif command == 7:
             self.disk._asking -= 1
+        if command in (1, 3, 6):
+            return self._order(command, flags, cookie, offset, length)
         if error := behaviour.fail(command, offset, length):
             return self._chunk(cookie, 1 << 15 | 1, struct.pack(">IH", error, 4) + b"text", done=True)
         if command == 0:
@@ -226,6 +256,18 @@ class Connection:
             chunks.append((0, b""))
         last = len(chunks) - 1
         return b"".join(self._chunk(cookie, *chunk, done=index == last) for index, chunk in enumerate(chunks))
+
+    def _order(self, command: int, flags: int, cookie: int, offset: int, length: int) -> bytes:
+        behaviour = self.disk.behaviour
+        error = behaviour.fail(command, offset, length)
+        data = self._written.pop(cookie, bytes(length))
+        if not error:
+            self.disk.changes.append((command, flags, offset, data))
+        if behaviour.simple:
+            return struct.pack(">IIQ", 0x67446698, error, cookie)
+        if error:
+            return self._chunk(cookie, 1 << 15 | 1, struct.pack(">IH", error, 4) + b"text", done=True)
+        return self._chunk(cookie, 0, b"", done=True)
 
     def _status(self, context: str, flags: int, offset: int, length: int) -> list[tuple[int, int]]:
         behaviour = self.disk.behaviour

@@ -26,13 +26,21 @@ from qemu_remus.cli.exits import ExitCode, describe, exit_code, leaves
 from qemu_remus.cli.parser import build_parser, parse
 from qemu_remus.control import ControlServer, Handler
 from qemu_remus.core import errors
-from qemu_remus.core.commands import FailoverArguments, FailoverResult, Nothing
-from qemu_remus.core.errors import ConfigError, LinkLost, NotConsistent, PeerUnreachable, QemuRemusError
+from qemu_remus.core.commands import FailoverArguments, FailoverResult, Nothing, StorageWorks
+from qemu_remus.core.errors import (
+    ConfigError,
+    LinkLost,
+    NotConsistent,
+    PeerUnreachable,
+    QemuRemusError,
+    StorageError,
+)
 from qemu_remus.core.model import Connection, DiskName, DiskState, EpochNumber, PairName, Replication, Role
 from qemu_remus.core.report import DiskReport, Report
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "cli.md"
-COMMANDS = ("secondary", "primary", "status", "failover", "detach", "probe", "demo")
+COMMANDS = ("secondary", "primary", "status", "failover", "retry-storage", "epoch", "verify", "detach", "probe", "demo")
+STEPS = ("prepare", "start", "finish", "commit", "abort", "received")
 
 REPORT = Report(PairName("vm"), Role.SECONDARY, Connection.CONNECTED, DiskState.UP_TO_DATE, Replication.PROTECTED)
 
@@ -60,10 +68,16 @@ def controller(
             raise failover
         return FailoverResult(EpochNumber(7), disks=(DiskReport(DiskName("disk0"), 512, target="/srv/disk0"),))
 
+    async def retry(_: Nothing) -> StorageWorks:
+        if failover is not None:
+            raise failover
+        return StorageWorks(DiskState.CONSISTENT, EpochNumber(7), EpochNumber(7))
+
     async def serve() -> None:
         handlers: dict[str, Handler] = {"query-replication": query}
         if role is Role.SECONDARY:
             handlers["failover"] = take_over
+            handlers["retry-storage"] = retry
         async with trio.open_nursery() as nursery:
             await nursery.start(ControlServer(path, handlers).serve)
             stop.append(partial(trio.lowlevel.current_trio_token().run_sync_soon, nursery.cancel_scope.cancel))
@@ -152,13 +166,18 @@ def test_every_command_explains_itself_with_an_example(command: str, capsys: pyt
 
 def test_every_example_in_the_help_is_a_command_line_that_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     examples = []
-    for command in ("", *COMMANDS):
+    # The overview of the steps is a script, which tests/test_cli_epoch.py runs.
+    pages = [[], *([command] for command in COMMANDS if command != "epoch"), *(["epoch", step] for step in STEPS)]
+    for page in pages:
         with pytest.raises(SystemExit):
-            main([command, "--help"] if command else ["--help"])
+            main([*page, "--help"])
         text = capsys.readouterr().out.replace("\\\n", " ")
-        examples += re.findall(r"^ .*?qemu-remus ((?:secondary|primary|status|failover|detach|probe) .*)$", text, re.M)
+        found = (
+            r"^ .*?qemu-remus ((?:secondary|primary|status|failover|retry-storage|epoch|verify|detach|probe)(?: .*)?)$"
+        )
+        examples += re.findall(found, text, re.M)
     lines = [re.split(r"\s{3,}\(| > | \|\| ", example)[0].split() for example in examples]
-    assert len(lines) >= 12
+    assert len(lines) >= 18
     for line in lines:
         parse(line)
 
@@ -171,8 +190,12 @@ def test_the_version_is_this_packages(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["nonsense"], ["primary"], ["secondary", "--listen", "h:1", "--store", "s"], ["status", "--jso"],
-     ["failover", "--checkpoint", "1", "--last-committed"], ["failover", "--timeout", "-1"]],
+    [[], ["nonsense"], ["primary"], ["secondary", "--listen", "h:1"], ["status", "--jso"],
+     ["failover", "--checkpoint", "1", "--last-committed"], ["failover", "--timeout", "-1"],
+     ["primary", "--qmp", "q", "--peer", "h:1", "--toolstack", "--interval", "100"],
+     ["resize"], ["resize", "a"], ["resize", "a", "1G", "--timeout", "0"],
+     ["epoch"], ["epoch", "commit"], ["epoch", "commit", "0"], ["epoch", "abort", "x"], ["epoch", "start", "7"],
+     ["epoch", "finish", "7", "--timeout", "0"], ["epoch", "finish", "7", "--timeout", "86401"]],
 )  # fmt: skip
 def test_wrong_arguments_are_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -196,7 +219,7 @@ def subclasses(kind: type[QemuRemusError]) -> set[type[QemuRemusError]]:
 
 
 def test_every_refusal_of_the_control_socket_but_a_time_out_is_told_apart_from_a_failure() -> None:
-    for kind in subclasses(errors.ControlError) - {errors.ControlError, errors.TimedOut}:
+    for kind in subclasses(errors.ControlError) - {errors.ControlError, errors.TimedOut, errors.CommitInDoubt}:
         assert exit_code(kind("x")) is ExitCode.REFUSED
 
 
@@ -208,6 +231,8 @@ def test_every_refusal_of_the_control_socket_but_a_time_out_is_told_apart_from_a
         (errors.TargetInUse("x"), ExitCode.USAGE),
         (errors.NotQmp("x"), ExitCode.UNREACHABLE),
         (errors.CommandInDoubt("stop", "x"), ExitCode.FAILURE),
+        (errors.CommitInDoubt("x"), ExitCode.IN_DOUBT),
+        (errors.SnapshotBroken("x"), ExitCode.EPOCH_LOST),
         (errors.JournalDamaged("x"), ExitCode.FAILURE),
         (errors.InternalError("x"), ExitCode.FAILURE),
         (KeyError("x"), ExitCode.FAILURE),
@@ -409,7 +434,7 @@ def test_a_qmp_socket_that_is_not_there_or_not_qmp_is_one_clear_error(path: Path
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        stranger = threading.Thread(target=greet, args=(listener,))
+        stranger = threading.Thread(target=greet, args=(listener,), daemon=True)
         stranger.start()
         wrong = run()
         stranger.join(20)
@@ -420,6 +445,28 @@ def test_a_qmp_socket_that_is_not_there_or_not_qmp_is_one_clear_error(path: Path
         assert str(path) in error
         assert not [line for line in log if line.startswith(("error:", "Traceback"))]
         assert "\x1b" not in done.stderr
+
+
+def test_storage_that_works_again_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with controller(path):
+        assert main(["retry-storage", "--control", str(path)]) == 0
+        assert "checkpoint 7 (consistent)" in capsys.readouterr().out
+        assert main(["retry-storage", "--json", "--control", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"disk": "consistent", "committed": 7, "applied": 7}
+
+
+def test_storage_that_still_does_not_work_is_a_failure(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with controller(path, failover=StorageError("it still does not work: no space")):
+        code, err = failed(capsys, "retry-storage", "--control", path)
+    assert code == ExitCode.FAILURE
+    assert "no space" in err
+
+
+def test_retrying_the_storage_of_a_primary_is_refused_as_such(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with controller(path, role=Role.PRIMARY):
+        code, err = failed(capsys, "retry-storage", "--control", path)
+    assert code == ExitCode.REFUSED
+    assert "not a secondary" in err
 
 
 def test_failover_with_an_impossible_number_asks_nobody(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -448,8 +495,15 @@ sys.exit(run_controller(controller))
 """
 
 
+def _hear_signals() -> None:
+    """These tests may themselves be run under nohup, or in a shell's background, where signals are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def running(**options: Any) -> Iterator[subprocess.Popen[str]]:
+    options.setdefault("preexec_fn", _hear_signals)
     with start("-c", CONTROLLER, **options) as process:
         assert out_of(process).readline() == "running\n"
         yield process

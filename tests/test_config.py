@@ -18,6 +18,7 @@ from qemu_remus.config import (
 from qemu_remus.core.errors import ConfigError, ControlUnreachable
 from qemu_remus.core.model import PairName, Role
 from qemu_remus.core.settings import Address, PrimaryConfig, SecondaryConfig
+from qemu_remus.core.target_spec import raw_target
 
 ROOT = places({}, 0)
 USER = places({"XDG_RUNTIME_DIR": "/run/user/7", "HOME": "/home/u"}, 7)
@@ -129,18 +130,36 @@ def test_paths_that_qemu_is_told_of_are_absolute(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     config = primary(state_dir=Path("s"), fleece_dir=Path("f"), control=Path("c"))
     assert (config.state_dir, config.fleece_dir, config.runtime_dir) == (tmp_path / "s", tmp_path / "f", tmp_path)
-    assert secondary(disks=["a=x"]).disks == {"a": tmp_path / "x"}
+    assert secondary(disks=["a=x"]).disks == {"a": raw_target(tmp_path / "x")}
+
+
+def test_a_toolstack_in_place_of_an_interval() -> None:
+    assert primary(interval_ms=None).interval_seconds is None
+    assert primary(interval_ms=50).interval_seconds == 0.05
+
+
+@pytest.mark.parametrize(("text", "rate"), [("64K", 65536), ("50M", 50 << 20), ("100000000", 1e8)])
+def test_a_rate_is_a_size_for_each_second(text: str, rate: float) -> None:
+    assert primary(rate=text).rate_bytes_per_second == rate
+
+
+@pytest.mark.parametrize("text", ["0", "63K", "fast", "", "50M/s"])
+def test_what_is_no_rate_is_refused_with_its_option_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="--rate"):
+        primary(rate=text)
 
 
 def test_defaults() -> None:
     config = primary()
     assert (config.pair, config.interval_seconds, config.disks) == ("vm", 0.2, None)
     assert not config.allow_inconsistent_resync
+    assert config.rate_bytes_per_second is None
     other = secondary()
     assert (other.pair, other.journal_limit_bytes) == ("vm", 4 << 30)
     assert not other.sparse
     assert not other.overwrite
-    assert config.heartbeat_timeout_seconds == other.heartbeat_timeout_seconds == 5.0
+    assert config.heartbeat_timeout_seconds == other.heartbeat_timeout_seconds == 3.0
+    assert config.watchdog_seconds == 10.0
 
 
 @pytest.mark.parametrize(
@@ -153,6 +172,8 @@ def test_defaults() -> None:
         {"interval_ms": float("nan")},
         {"interval_ms": float("inf")},
         {"heartbeat_timeout_seconds": 0.1},
+        {"watchdog_seconds": 1.0},
+        {"watchdog_seconds": float("inf")},
         {"disks": ["a=n", "b=n"]},
     ],
 )
@@ -189,3 +210,12 @@ def test_the_one_controller_that_runs_here_is_found(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="both controllers"):
         find_control(here, pair, (Role.PRIMARY, Role.SECONDARY))
     assert find_control(here, pair, (Role.SECONDARY,)) == path
+
+
+def test_the_generation_to_give_up_is_a_uuid() -> None:
+    name = "6f0c7c0e-6d2a-4b7e-9a3c-0f9f5b1a2c3d"
+    assert str(secondary(force_discard=name).discard) == name
+    assert secondary().discard is None
+    with pytest.raises(ConfigError, match="no generation") as caught:
+        secondary(force_discard="vm")
+    assert caught.value.hint

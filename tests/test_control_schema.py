@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qemu_remus.core.commands import COMMANDS, EVENTS, FailoverArguments, Nothing
+from qemu_remus.core.commands import COMMANDS, EVENTS, EventName, FailoverArguments, Nothing
 from qemu_remus.core.model import EpochNumber
 from qemu_remus.core.qapi import UnexpectedMember, from_qmp, introspect, read_arguments, to_qmp
 
@@ -74,6 +74,54 @@ def test_arguments_are_read_by_their_qmp_names() -> None:
 def test_wrong_failover_arguments_never_reach_the_controller(arguments: Any, error: Any) -> None:
     with pytest.raises(error):
         read_arguments(FailoverArguments, arguments)
+
+
+TOOLSTACK = {
+    "prepare-epoch": {"timeout": 1},
+    "start-new-epoch": {"pause": True, "timeout": 1},
+    "finish-disk-sync": {"epoch": 1, "timeout": 1},
+    "commit-epoch": {"epoch": 1, "timeout": 1},
+    "abort-epoch": {"epoch": 1, "timeout": 1},
+    "memory-received": {"epoch": 1},
+}
+
+
+@pytest.mark.parametrize("name", TOOLSTACK)
+def test_the_toolstacks_commands_take_their_arguments_and_need_only_the_epoch(name: str) -> None:
+    kind, arguments = COMMANDS[name].arguments, TOOLSTACK[name]
+    assert to_qmp(read_arguments(kind, arguments)) == arguments
+    needed = {member: 2**63 - 1 for member in arguments if member == "epoch"}
+    assert to_qmp(read_arguments(kind, needed)).items() >= needed.items()
+    if needed:
+        with pytest.raises(msgspec.ValidationError, match="epoch"):
+            read_arguments(kind, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "member", "value"),
+    [
+        (name, member, value)
+        for name, arguments in TOOLSTACK.items()
+        for member, values in {
+            "timeout": (0, -1, 86_400.001, "10", True, None),
+            "epoch": (0, -1, 2**63, 1.5, "1", True, None, [1]),
+            "pause": (1, "true", None),
+        }.items()
+        if member in arguments
+        for value in values
+    ],
+)
+def test_wrong_arguments_of_a_toolstack_never_reach_the_controller(name: str, member: str, value: Any) -> None:
+    with pytest.raises(msgspec.ValidationError, match=member):
+        read_arguments(COMMANDS[name].arguments, {**TOOLSTACK[name], member: value})
+
+
+def test_every_event_has_a_type_and_says_which_pair_it_is_about() -> None:
+    assert EVENTS.keys() == {name.value for name in EventName}
+    schema = {entry["name"]: entry for entry in introspect(COMMANDS.values(), EVENTS.values())}
+    for name in EVENTS:
+        members = schema[schema[name]["arg-type"]]["members"]
+        assert members[0] == {"name": "pair", "type": "str"}
 
 
 def test_a_command_without_arguments_takes_none() -> None:

@@ -28,16 +28,20 @@ from qemu_remus.core.commands import (
     Nothing,
 )
 from qemu_remus.core.errors import (
+    CommandFailed,
     CommandNotFound,
     CommitInDoubt,
     ConfigError,
     ControlError,
     ControlUnreachable,
+    EpochLost,
     InternalError,
     NoSpace,
     NotConsistent,
     OutOfOrder,
+    QemuRemusError,
     Refused,
+    SnapshotBroken,
 )
 from qemu_remus.core.model import Connection, DiskState, EpochNumber, PairName, Replication, Role
 from qemu_remus.core.report import Report
@@ -160,6 +164,9 @@ async def test_the_negotiation_is_done_once_and_grants_nothing(path: Path) -> No
         (CommitInDoubt("no"), "CommitInDoubt"),
         (OutOfOrder("no"), "OutOfOrder"),
         (Refused("no"), "Refused"),
+        (EpochLost("no"), "EpochLost"),
+        (SnapshotBroken("no", hint="a larger fleece"), "EpochLost"),
+        (CommandFailed("stop", "DeviceNotActive", "no"), "GenericError"),
         (ControlError("no"), "GenericError"),
         (NoSpace("no", safe="all is there", hint="make room"), "GenericError"),
     ],
@@ -175,9 +182,11 @@ async def test_a_handlers_error_reaches_the_client_with_its_class_and_whole_text
             reply = await client.ask('{"execute":"failover","id":"a"}')
         assert reply == {"error": {"class": qmp_class, "desc": str(error)}, "id": "a"}
         async with open_control(path) as ours:
-            with pytest.raises(ControlError) as caught:
+            with pytest.raises(QemuRemusError) as caught:
                 await ours.execute("failover")
-    assert type(caught.value) is (type(error) if isinstance(error, ControlError) else ControlError)
+    assert caught.value.control_class == qmp_class
+    expected = EpochLost if qmp_class == "EpochLost" else ControlError if qmp_class == "GenericError" else type(error)
+    assert type(caught.value) is expected
 
 
 async def test_a_defect_in_a_handler_ends_neither_the_connection_nor_the_controller(
@@ -259,7 +268,7 @@ async def test_events_go_to_every_negotiated_client_with_their_timestamp(path: P
         expected = {
             "timestamp": {"seconds": 1700000000, "microseconds": 250000},
             "event": "EPOCH_LOST",
-            "data": {"pair": "vm", "checkpoint": 7, "reason": "the fleece is full"},
+            "data": {"pair": "vm", "epoch": 7, "reason": "the fleece is full"},
         }
         assert await one.line() == expected
         assert await two.line() == expected

@@ -18,16 +18,9 @@ from hypothesis import strategies as st
 
 from qemu_remus.core import messages as m
 from qemu_remus.core import wire
-from qemu_remus.core.connection import (
-    NEED_DATA,
-    RECEIVE_LIMIT,
-    SPEAKER,
-    TABLE,
-    Connection,
-    ConnectionClosed,
-    Side,
-    State,
-)
+from qemu_remus.core.comparison import QUESTIONS_LIMIT
+from qemu_remus.core.connection import NEED_DATA, RECEIVE_LIMIT, Connection, ConnectionClosed, Side
+from qemu_remus.core.conversation import SPEAKER, TABLE, State
 from qemu_remus.core.errors import LocalProtocolError, RefusalCode, RemoteProtocolError, VersionMismatch
 from qemu_remus.core.extents import Extent
 from qemu_remus.core.model import Base, DiskName, DiskSpec, EpochNumber, Generation, Role
@@ -94,6 +87,14 @@ def refused(epoch: EpochNumber = E6) -> m.EpochRefused:
     return m.EpochRefused(epoch, FULL, "full")
 
 
+def question(block: int = 0, blocks: int = 1) -> m.CompareBlocks:
+    return m.CompareBlocks(0, block * 4096, 4096, bytes(16 * blocks))
+
+
+def answer(block: int = 0, differing: bytes = b"\x00") -> m.BlocksDiffer:
+    return m.BlocksDiffer(0, block * 4096, differing)
+
+
 SYNC: Script = [(P, m.SyncBegin(GENERATION, DISKS)), (S, m.SyncReady((True,)))]
 FLUSHED: Script = [
     *SYNC,
@@ -153,8 +154,10 @@ def test_a_repeated_commit_is_answered_each_time() -> None:
     pair = Pair()
     pair.run([*STAGED, (P, m.CommitEpoch(E6)), (P, m.CommitEpoch(E6)), (S, m.Committed(E6))])
     pair.run([(P, m.CommitEpoch(E6)), (S, m.Committed(E6)), (P, begin(E7, E6)), (S, m.Committed(E6))])
+    # Answers that were not asked for are not counted, but nothing new is committed by one.
+    pair.run([(S, m.Committed(E6)), (P, extents(E7))])
     with pytest.raises(LocalProtocolError):
-        pair.send(S, m.Committed(E6))
+        pair.send(S, m.Committed(E7))
 
 
 # --- messages that cross ---------------------------------------------------------------------------------------------
@@ -171,16 +174,46 @@ def test_a_refusal_may_meet_extents_that_are_still_coming() -> None:
     pair.run([(P, extents()), (P, begin(E7)), (P, extents(E7)), (P, end(E7)), (S, m.EpochStaged(E7))])
 
 
-def test_an_abort_may_meet_the_answer_that_it_overtook_and_need_not_be_waited_for() -> None:
-    for answer in (m.EpochStaged(E6), refused()):
+def test_an_abort_of_an_epoch_without_an_end_may_meet_its_refusal_and_need_not_be_waited_for() -> None:
+    for answers in ([], [refused()]):
         pair = Pair()
-        pair.run([(P, begin()), (P, extents()), (P, end())])
-        pair.send(S, answer)
+        pair.run([(P, begin()), (P, extents())])
+        for answer in answers:
+            pair.send(S, answer)
         pair.send(P, m.AbortEpoch(E6))
         pair.send(P, begin(E7))
         assert pair.deliver(P) == [m.AbortEpoch(E6), begin(E7)]
-        assert pair.deliver(S) == [answer]
+        assert pair.deliver(S) == answers
         pair.run([(P, extents(E7)), (S, m.EpochAborted(E6)), (P, end(E7)), (S, m.EpochStaged(E7))])
+
+
+@pytest.mark.parametrize(
+    "following", [begin(E7), begin(E7, None), m.SyncExtents((), b""), m.SyncFlush(2), m.SyncBegin(GENERATION, DISKS)]
+)
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("syncing", [False, True])
+def test_after_the_end_an_abort_is_waited_for(following: m.Message, staged: bool, syncing: bool) -> None:
+    pair = Pair()
+    pair.run(FLUSHED if syncing else [])
+    pair.run([(P, begin(E6, None if syncing else E5)), (P, end(count=0))])
+    pair.run([(S, m.EpochStaged(E6))] if staged else [])
+    pair.run([(P, m.AbortEpoch(E6))])
+    with pytest.raises(LocalProtocolError):
+        pair.copy().send(P, following)
+    pair.run([(S, m.EpochAborted(E6))])
+    assert states(pair) == {State.SYNCING if syncing else State.IDLE}
+    pair.run([(P, begin(E7, None if syncing else E5))])
+
+
+def test_an_abort_that_overtakes_a_refusal_is_answered_too_and_need_not_be_waited_for() -> None:
+    pair = Pair()
+    pair.run([(P, begin()), (P, end(count=0))])
+    pair.send(S, refused())
+    pair.send(P, m.AbortEpoch(E6))
+    assert pair.deliver(S) == [refused()]
+    pair.send(P, begin(E7))
+    assert pair.deliver(P) == [m.AbortEpoch(E6), begin(E7)]
+    pair.run([(S, m.EpochAborted(E6)), (P, end(E7, count=0, commit=True)), (S, m.Committed(E7))])
 
 
 def test_the_secondary_may_finish_staging_after_the_abort_has_arrived() -> None:
@@ -197,12 +230,260 @@ def test_an_abort_of_an_epoch_refused_meanwhile_is_answered_too() -> None:
     pair.run([(P, m.AbortEpoch(E6)), (S, m.EpochAborted(E6))])
 
 
+# --- epochs that the secondary commits of its own accord -------------------------------------------------------------
+
+
+def states(pair: Pair) -> set[State]:
+    """Where the two ends stand."""
+    return {end.state for end in pair.ends.values()}
+
+
+def cross(pair: Pair, ours: list[m.Message], theirs: list[m.Message]) -> None:
+    """Both sides say all of that before either hears of it."""
+    for message in ours:
+        pair.send(P, message)
+    for message in theirs:
+        pair.send(S, message)
+    assert pair.deliver(S) == theirs
+    assert pair.deliver(P) == ours
+
+
+def test_a_staged_epoch_may_be_committed_unasked_and_the_next_builds_on_it() -> None:
+    pair = Pair()
+    pair.run([*STAGED, (S, m.Committed(E6))])
+    assert states(pair) == {State.IDLE}
+    with pytest.raises(LocalProtocolError):
+        pair.copy().send(P, begin(E6))
+    pair.run([(P, begin(E7, E6)), (P, end(E7, count=0)), (S, m.EpochStaged(E7)), (S, m.Committed(E7))])
+
+
+def test_the_first_epoch_of_a_full_copy_may_be_committed_unasked() -> None:
+    pair = Pair()
+    pair.run([*FLUSHED, (P, begin(E6, None)), (P, end(count=0)), (S, m.EpochStaged(E6)), (S, m.Committed(E6))])
+    assert states(pair) == {State.IDLE}
+    with pytest.raises(LocalProtocolError):
+        pair.copy().send(P, m.SyncFlush(2))
+    pair.run([(P, begin(E7, E6))])
+
+
+@pytest.mark.parametrize("wish", [m.CommitEpoch(E6), m.AbortEpoch(E6)], ids=["commit", "abort"])
+@pytest.mark.parametrize("syncing", [False, True])
+def test_what_the_primary_wants_may_meet_an_unasked_commit_and_is_answered_with_another(
+    wish: m.Message, syncing: bool
+) -> None:
+    pair = Pair()
+    pair.run(FLUSHED if syncing else [])
+    pair.run([(P, begin(E6, None if syncing else E5)), (P, end(count=0)), (S, m.EpochStaged(E6))])
+    cross(pair, [wish], [m.Committed(E6)])
+    assert states(pair) == {State.IDLE}
+    # The primary need not wait for the other answer.
+    pair.run([(P, begin(E7, E6)), (S, m.Committed(E6)), (P, extents(E7)), (P, end(E7))])
+    assert states(pair) == {State.ENDED}
+
+
+def test_an_abort_right_after_the_end_may_meet_both_staging_and_an_unasked_commit() -> None:
+    pair = Pair()
+    pair.run([(P, begin()), (P, end(count=0))])
+    cross(pair, [m.AbortEpoch(E6)], [m.EpochStaged(E6), m.Committed(E6)])
+    assert states(pair) == {State.IDLE}
+    pair.run([(S, m.Committed(E6)), (P, begin(E7, E6))])
+
+
+def test_an_abort_that_comes_while_a_commit_is_under_way_is_answered_by_it() -> None:
+    pair = Pair()
+    pair.run([*STAGED, (P, m.AbortEpoch(E6)), (S, m.Committed(E6)), (P, begin(E7, E6))])
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [],
+        [(P, begin(E7))],
+        [(P, begin(E7)), (P, end(E7, count=0))],
+        [(P, begin(E7)), (P, end(E7, count=0, commit=True))],
+        [(P, begin(E7)), (P, end(E7, count=0)), (S, m.EpochStaged(E7))],
+    ],
+    ids=["idle", "open", "ended", "in doubt", "staged"],
+)
+def test_an_epoch_of_an_earlier_link_may_be_committed_unasked_whatever_the_present_one_does(script: Script) -> None:
+    pair = Pair(staged=E6)
+    pair.run(script)
+    before = states(pair)
+    pair.run([(S, m.Committed(E6))])
+    assert states(pair) == before
+    # It is known as committed now.
+    pair.run([(P, m.CommitEpoch(E6)), (S, m.Committed(E6))])
+    assert states(pair) == before
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        [m.CommitEpoch(E6)],
+        [m.CommitEpoch(E6), m.CommitEpoch(E6)],
+        [m.AbortEpoch(E6)],
+        [m.AbortEpoch(E6), begin(E7)],
+        [begin(E7), extents(E7)],
+    ],
+    ids=["commit", "commit twice", "abort", "abort and begin", "begin"],
+)
+def test_an_unasked_commit_of_an_epoch_of_an_earlier_link_may_cross_everything(ours: list[m.Message]) -> None:
+    pair = Pair(staged=E6)
+    cross(pair, ours, [m.Committed(E6)])
+    begun = any(isinstance(message, m.EpochBegin) for message in ours)
+    assert states(pair) == {State.OPEN if begun else State.IDLE}
+    pair.run([(S, m.Committed(E6)) for message in ours if isinstance(message, m.CommitEpoch | m.AbortEpoch)])
+    pair.run([] if begun else [(P, begin(E7, E6))])
+    assert states(pair) == {State.OPEN}
+
+
+def test_an_unasked_commit_that_crosses_a_full_copys_beginning_changes_nothing() -> None:
+    pair = Pair(staged=E6)
+    cross(pair, [m.SyncBegin(GENERATION, DISKS)], [m.Committed(E6)])
+    assert states(pair) == {State.SYNC_ASKED}
+    for wish in (m.CommitEpoch(E6), m.AbortEpoch(E6)):
+        with pytest.raises(LocalProtocolError):
+            pair.copy().send(P, wish)
+    pair.run([(S, m.SyncReady((True,))), (P, m.SyncFlush(1)), (S, m.SyncFlushed(1))])
+    pair.run([(P, begin(E7, None)), (P, end(E7, count=0, commit=True)), (S, m.Committed(E7))])
+    assert states(pair) == {State.IDLE}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [],
+        [(P, begin())],
+        [(P, begin()), (P, end(count=0))],
+        [(P, begin()), (S, refused())],
+        [(P, begin()), (P, m.AbortEpoch(E6))],
+        [*STAGED, (P, m.AbortEpoch(E6)), (S, m.EpochAborted(E6))],
+    ],
+    ids=["unknown", "open", "ended", "refused", "aborted while open", "aborted"],
+)
+def test_only_what_is_staged_may_be_committed_unasked(script: Script) -> None:
+    pair = Pair()
+    pair.run(script)
+    number = pair.ends[S]._sent
+    pair.ends[P].receive_data(forged(m.Committed(E6), number))
+    with pytest.raises(RemoteProtocolError):
+        pair.ends[P].next_event()
+    with pytest.raises(LocalProtocolError):
+        pair.send(S, m.Committed(E6))
+
+
+def test_an_epoch_of_an_earlier_link_is_no_longer_committed_unasked_once_it_was_aborted() -> None:
+    pair = Pair(staged=E6)
+    pair.run([(P, m.AbortEpoch(E6)), (S, m.EpochAborted(E6))])
+    with pytest.raises(LocalProtocolError):
+        pair.send(S, m.Committed(E6))
+
+
+def test_an_epoch_of_an_earlier_link_is_answered_only_when_something_is_wanted_of_it() -> None:
+    pair = Pair(staged=E6)
+    pair.run([(P, begin(E7)), (P, end(E7, count=0)), (S, m.EpochStaged(E7)), (P, m.CommitEpoch(E7)), (S, refused(E7))])
+    for answer in (refused(E6), m.EpochAborted(E6)):
+        with pytest.raises(LocalProtocolError):
+            pair.copy().send(S, answer)
+    pair.run([(P, m.CommitEpoch(E6))])
+    # With this the primary has done with the refused one.
+    with pytest.raises(LocalProtocolError):
+        pair.copy().send(P, end(E7, count=0))
+    pair.run([(S, refused(E6)), (P, begin(E8))])
+
+
+@pytest.mark.parametrize("wish", [m.CommitEpoch(E6), m.AbortEpoch(E6)], ids=["commit", "abort"])
+def test_nothing_more_is_wanted_of_an_epoch_of_an_earlier_link_that_is_being_aborted(wish: m.Message) -> None:
+    pair = Pair(staged=E6)
+    pair.run([(P, m.AbortEpoch(E6))])
+    with pytest.raises(LocalProtocolError):
+        pair.send(P, wish)
+
+
+def test_an_unasked_commit_does_not_hide_the_answers_that_a_later_epoch_has_to_get() -> None:
+    pair = Pair(staged=E6)
+    pair.run([(P, begin(E7)), (P, end(E7, count=0, commit=True)), (P, m.CommitEpoch(E7))])
+    pair.run([(S, m.Committed(E6)), (S, refused(E7)), (S, refused(E7)), (P, begin(E8, E6))])
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_may_ask_what_differs_before_it_sends() -> None:
+    pair = Pair()
+    pair.run([(P, begin()), (P, question(0, 9)), (P, question(9)), (P, extents())])
+    pair.run([(S, answer(0, b"\xff\x01")), (S, answer(9)), (P, end()), (S, m.EpochStaged(E6))])
+
+
+def test_a_full_copy_may_ask_what_differs_before_it_sends() -> None:
+    pair = Pair()
+    pair.run([*SYNC, (P, question()), (P, m.SyncExtents((), b"")), (P, m.SyncFlush(1))])
+    pair.run([(S, answer()), (S, m.SyncFlushed(1)), (P, begin(E6, None)), (P, question()), (S, answer())])
+    pair.run([(P, end(count=0, commit=True)), (S, m.Committed(E6))])
+
+
+@pytest.mark.parametrize("commit", [False, True])
+def test_an_epoch_is_not_ended_before_all_of_its_questions_are_answered(commit: bool) -> None:
+    pair = Pair()
+    pair.run([(P, begin()), (P, question()), (P, question(1)), (S, answer())])
+    with pytest.raises(LocalProtocolError):
+        pair.copy().send(P, end(count=0, commit=commit))
+    pair.run([(S, answer(1)), (P, end(count=0, commit=commit))])
+
+
+def test_a_full_copy_is_not_over_before_all_of_its_questions_are_answered() -> None:
+    pair = Pair()
+    pair.run([*SYNC, (P, question()), (P, m.SyncFlush(1)), (S, m.SyncFlushed(1))])
+    with pytest.raises(LocalProtocolError):
+        pair.copy().send(P, begin(E6, None))
+    pair.run([(S, answer()), (P, begin(E6, None))])
+
+
+def test_a_refusal_may_meet_questions_that_are_still_coming_and_each_is_answered() -> None:
+    pair = Pair()
+    pair.run([(P, begin()), (P, question())])
+    cross(pair, [question(1), question(2), m.AbortEpoch(E6), begin(E7)], [refused()])
+    # None of them is an answer about the epoch that has begun.
+    pair.run([(S, answer(0)), (S, answer(1)), (S, m.EpochAborted(E6)), (P, question(3)), (S, answer(2))])
+    with pytest.raises(LocalProtocolError):
+        pair.copy().send(P, end(E7, count=0))
+    pair.run([(S, answer(3)), (P, end(E7, count=0)), (S, m.EpochStaged(E7))])
+
+
+def test_an_abort_may_meet_answers() -> None:
+    pair = Pair()
+    pair.run([(P, begin()), (P, question()), (P, question(1))])
+    cross(pair, [m.AbortEpoch(E6)], [answer(), answer(1)])
+    pair.run([(S, m.EpochAborted(E6)), (P, begin(E7)), (P, end(E7, count=0))])
+
+
+def test_only_so_many_questions_wait_for_their_answers() -> None:
+    pair = Pair()
+    pair.run([(P, begin()), *((P, question(block)) for block in range(QUESTIONS_LIMIT))])
+    with pytest.raises(LocalProtocolError, match="wait"):
+        pair.copy().send(P, question(99))
+    pair.run([(S, answer()), (P, question(99))])
+
+
+def test_the_last_block_of_a_disk_may_be_short_and_is_the_last() -> None:
+    disks = (DiskSpec(DiskName("vda"), 4096 + 512),)
+    pair = Pair()
+    pair.run([(P, m.SyncBegin(GENERATION, disks)), (S, m.SyncReady((False,))), (P, question(0, 2)), (P, question(1))])
+    for beyond in (question(0, 3), question(1, 2), question(2)):
+        with pytest.raises(LocalProtocolError, match="not within"):
+            pair.copy().send(P, beyond)
+
+
+# --- any order -------------------------------------------------------------------------------------------------------
+
 LINES: dict[Role, list[m.Message]] = {
     P: [
         m.SyncBegin(GENERATION, DISKS),
         m.SyncExtents((), b""),
         m.SyncFlush(1),
         m.SyncFlush(2),
+        question(0),
+        question(5, 3),
         *(m.EpochBegin(epoch, base) for epoch in map(EpochNumber, range(6, 16)) for base in (None, E5)),
         *(
             kind(epoch)
@@ -220,6 +501,8 @@ LINES: dict[Role, list[m.Message]] = {
         m.SyncReady((True,)),
         m.SyncFlushed(1),
         m.SyncFlushed(2),
+        answer(0),
+        answer(5, b"\x05"),
         *(
             kind(epoch)
             for kind in (m.EpochStaged, m.Committed, m.EpochAborted, refused)
@@ -257,6 +540,10 @@ def test_whatever_one_side_lets_itself_send_the_other_takes_however_late_it_come
             pair.deliver(speaker)
             continue
         lines = LINES[speaker]
+        if action != 3:
+            # Repeated answers may be said at any time: most of the time, something new.
+            known = pair.ends[speaker]._talk._answerable
+            lines = [message for message in lines if getattr(message, "epoch", known + 1) > known]
         any(try_to_send(pair, speaker, message) for message in random.sample(lines, len(lines)))
     pair.deliver(P)
     pair.deliver(S)
@@ -268,16 +555,21 @@ def test_whatever_one_side_lets_itself_send_the_other_takes_however_late_it_come
 SCRIPTS: dict[State, Script] = {
     State.IDLE: [],
     State.SYNC_ASKED: SYNC[:1],
+    State.RESUME_ASKED: [(P, m.SyncResume(GENERATION, DISKS))],
     State.SYNCING: FLUSHED,
     State.OPEN: [(P, begin()), (P, extents())],
     State.ENDED: [(P, begin()), (P, extents()), (P, end())],
     State.STAGED: STAGED,
     State.IN_DOUBT: [*STAGED, (P, m.CommitEpoch(E6))],
+    State.ABORTING: [*STAGED, (P, m.AbortEpoch(E6))],
+    State.HANDING: [(P, m.HandOver(E5, GENERATION))],
 }
 
 SENSIBLE: dict[type, m.Message] = {
     m.SyncBegin: m.SyncBegin(GENERATION, DISKS),
     m.SyncReady: m.SyncReady((True,)),
+    m.SyncResume: m.SyncResume(GENERATION, DISKS),
+    m.SyncResumed: m.SyncResumed(False, 0, ()),
     m.SyncExtents: m.SyncExtents((), b""),
     m.SyncFlush: m.SyncFlush(3),
     m.SyncFlushed: m.SyncFlushed(3),
@@ -290,16 +582,24 @@ SENSIBLE: dict[type, m.Message] = {
     m.AbortEpoch: m.AbortEpoch(E6),
     m.EpochAborted: m.EpochAborted(E6),
     m.EpochRefused: refused(),
+    m.CompareBlocks: question(),
+    m.BlocksDiffer: answer(),
+    m.HandOver: m.HandOver(E5, GENERATION),
+    m.HandedOver: m.HandedOver(E5, GENERATION),
+    m.HandoverRefused: m.HandoverRefused(E5, RefusalCode.STORAGE_FAILED, "no"),
 }
 
 MAY: dict[State, set[type]] = {
-    State.IDLE: {m.SyncBegin, m.EpochBegin},
+    State.IDLE: {m.SyncBegin, m.SyncResume, m.EpochBegin, m.HandOver},
     State.SYNC_ASKED: {m.SyncReady},
-    State.SYNCING: {m.SyncExtents, m.SyncFlush, m.EpochBegin},
-    State.OPEN: {m.EpochExtents, m.EpochEnd, m.AbortEpoch, m.EpochRefused},
+    State.RESUME_ASKED: {m.SyncResumed},
+    State.SYNCING: {m.SyncExtents, m.SyncFlush, m.EpochBegin, m.CompareBlocks},
+    State.OPEN: {m.EpochExtents, m.EpochEnd, m.AbortEpoch, m.EpochRefused, m.CompareBlocks},
     State.ENDED: {m.AbortEpoch, m.EpochStaged, m.EpochRefused},
-    State.STAGED: {m.CommitEpoch, m.AbortEpoch},
+    State.STAGED: {m.CommitEpoch, m.AbortEpoch, m.Committed},
     State.IN_DOUBT: {m.CommitEpoch, m.Committed, m.EpochRefused},
+    State.ABORTING: {m.EpochStaged, m.EpochRefused, m.EpochAborted, m.Committed},
+    State.HANDING: {m.HandedOver, m.HandoverRefused},
 }
 """Written down a second time, so that the table cannot change unnoticed."""
 
@@ -374,6 +674,14 @@ def test_every_message_has_a_speaker_or_belongs_to_both_and_every_state_is_tried
         ([*SYNC, (P, m.SyncFlush(1)), (P, m.SyncFlush(2))], m.SyncFlushed(2)),
         ([(P, m.SyncBegin(GENERATION, DISKS))], m.SyncReady((True, True))),
         ([], m.SyncBegin(GENERATION, (DiskSpec(DiskName("vdb"), 1 << 20),))),
+        (SYNC, m.CompareBlocks(1, 0, 4096, bytes(16))),
+        ([(P, begin())], question(256)),
+        ([(P, begin())], question(255, 2)),
+        ([(P, begin()), (P, question(1))], answer(0)),
+        ([(P, begin()), (P, question())], m.BlocksDiffer(1, 0, b"\x00")),
+        ([(P, begin()), (P, question())], answer(0, b"\x00\x00")),
+        ([(P, begin()), (P, question())], answer(0, b"\x02")),
+        ([(P, begin()), (P, question()), (S, answer())], answer()),
     ],
     ids=[
         "base not before epoch",
@@ -396,6 +704,14 @@ def test_every_message_has_a_speaker_or_belongs_to_both_and_every_state_is_tried
         "flushes answered out of order",
         "answer for another number of disks",
         "sync of other disks",
+        "question about no such disk",
+        "question behind the disk's end",
+        "question over the disk's end",
+        "answer to another question",
+        "answer about another disk",
+        "answer about more blocks",
+        "answer about a block behind the last",
+        "answered twice",
     ],
 )
 def test_numbers_that_do_not_fit_are_neither_sent_nor_taken(script: Script, message: m.Message) -> None:
@@ -631,3 +947,17 @@ def test_data_of_a_message_stay_as_they_are_while_more_is_received() -> None:
     data = [event.data for event in events(reader) if isinstance(event, m.EpochExtents)]
     reader.receive_data(bytes(100_000))
     assert [bytes(view) for view in data] == [b"abc", bytes(range(250)) * 280]
+
+
+def test_an_interrupted_sync_goes_on_where_the_secondary_says() -> None:
+    pair = Pair()
+    pair.run([(P, m.SyncResume(GENERATION, DISKS)), (S, m.SyncResumed(True, 512, (True,)))])
+    assert states(pair) == {State.SYNCING}
+    pair.run([(P, m.SyncExtents((), b"")), (P, m.SyncFlush(1)), (S, m.SyncFlushed(1)), (P, begin(E6, None))])
+
+
+def test_a_sync_that_does_not_go_on_may_begin_anew() -> None:
+    pair = Pair()
+    pair.run([(P, m.SyncResume(GENERATION, DISKS)), (S, m.SyncResumed(False, 0, ()))])
+    assert states(pair) == {State.IDLE}
+    pair.run(SYNC)

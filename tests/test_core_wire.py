@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qemu_remus.core import messages as m
 from qemu_remus.core import wire
 from qemu_remus.core.checksum import crc32c
+from qemu_remus.core.comparison import digest_blocks
 from qemu_remus.core.errors import LocalProtocolError, RefusalCode, RemoteProtocolError, VersionMismatch
 from qemu_remus.core.extents import Extent
 from qemu_remus.core.model import DiskName, DiskSpec, DiskState, EpochNumber, Generation, InstanceId, PairName, Role
@@ -52,6 +53,8 @@ HELLO = m.Hello(
     highest_epoch=6,
     disk_state=DiskState.UP_TO_DATE,
     history=((Generation(UUID(int=1)), EpochNumber(9)),),
+    begun=0x65000000,
+    decided=0x65000001,
 )
 
 GOLDEN = [
@@ -63,6 +66,7 @@ GOLDEN = [
             "0002 03 766461 0000000040000000 0000000000000004 03 766462 0000000000000200 0000000000000000"
             "0000000000000004 0000000000000000 0000000000000006 03"
             "01 00000000000000000000000000000001 0000000000000009"
+            "0000000065000000 0000000065000001"
         ),
     ),
     (
@@ -85,6 +89,12 @@ GOLDEN = [
             "0001 0001 0000000000000000 0000000200000000 616263"
         ),
     ),
+    (
+        m.SyncResume(Generation(UUID(int=5)), (DiskSpec(DiskName("a"), 512, None),)),
+        70,
+        "00000000000000000000000000000005 0001 01 61 0000000000000200 0000000000000000",
+    ),
+    (m.SyncResumed(True, 9, (True, False)), 71, "01 0000000000000009 0002 01 00"),
     (m.SyncFlush(2), 19, "0000000000000002"),
     (m.SyncFlushed(2), 20, "0000000000000002"),
     (m.EpochBegin(E7, None), 32, "0000000000000007 0000000000000000"),
@@ -104,6 +114,15 @@ GOLDEN = [
     (m.AbortEpoch(E7), 38, "0000000000000007"),
     (m.EpochAborted(E7), 39, "0000000000000007"),
     (m.EpochRefused(E7, RefusalCode.NO_SPACE, "full"), 40, "0000000000000007 08 6e6f2d7370616365 0004 66756c6c"),
+    (
+        m.CompareBlocks(1, 8192, 4096, digest_blocks(bytes(4097), 4096)),
+        48,
+        "0001 0000000000002000 00001000 5f6df6002bc71ca2d81a7492de37025d 7025e075d5e2f6cde3cc051a31f07660",
+    ),
+    (m.BlocksDiffer(1, 8192, b"\x02"), 49, "0001 0000000000002000 02"),
+    (m.HandOver(E7, Generation(UUID(int=255))), 50, "0000000000000007 000000000000000000000000000000ff"),
+    (m.HandedOver(E7, Generation(UUID(int=255))), 51, "0000000000000007 000000000000000000000000000000ff"),
+    (m.HandoverRefused(E7, RefusalCode.PROTOCOL, "no"), 52, "0000000000000007 08 70726f746f636f6c 0002 6e6f"),
 ]
 
 
@@ -187,6 +206,14 @@ def test_the_longest_table_passes_and_one_entry_more_does_not() -> None:
         read(sealed(18, struct.pack(">QI", 0, wire.EXTENTS_LIMIT + 1) + bytes(20 * (wire.EXTENTS_LIMIT + 1))))
 
 
+@pytest.mark.parametrize(("block_size", "blocks"), [(4096, 1024), (65536, 1024), (1 << 20, 64)])
+def test_the_longest_question_about_blocks_passes(block_size: int, blocks: int) -> None:
+    longest = m.CompareBlocks(255, block_size, block_size, bytes(range(16)) * blocks)
+    assert read(frame(longest)) == longest
+    answer = m.BlocksDiffer(255, block_size, b"\xff" * (blocks // 8))
+    assert read(frame(answer)) == answer
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -206,6 +233,20 @@ def test_the_longest_table_passes_and_one_entry_more_does_not() -> None:
         m.EpochExtents(E7, (Extent(0, 0, 0),), b""),
         m.EpochExtents(E7, (Extent(0, -1, 1),), b"1"),
         m.EpochExtents(E7, (Extent(0, 2**63 - 1, 1),), b"1"),
+        m.CompareBlocks(256, 0, 4096, bytes(16)),
+        m.CompareBlocks(0, -4096, 4096, bytes(16)),
+        m.CompareBlocks(0, 2048, 4096, bytes(16)),
+        m.CompareBlocks(0, 2**63 - 4096, 4096, bytes(16)),
+        m.CompareBlocks(0, 0, 2048, bytes(16)),
+        m.CompareBlocks(0, 0, 2 << 20, bytes(16)),
+        m.CompareBlocks(0, 0, 12288, bytes(16)),
+        m.CompareBlocks(0, 0, 4096, b""),
+        m.CompareBlocks(0, 0, 4096, bytes(17)),
+        m.CompareBlocks(0, 0, 4096, bytes(1025 * 16)),
+        m.CompareBlocks(0, 0, 1 << 20, bytes(65 * 16)),
+        m.BlocksDiffer(0, 0, b""),
+        m.BlocksDiffer(0, 0, bytes(129)),
+        m.BlocksDiffer(256, 0, b"\x01"),
     ],
     ids=repr,
 )
@@ -215,6 +256,7 @@ def test_what_breaks_a_limit_is_not_sent(message: m.Message) -> None:
 
 
 _EXTENT = struct.Struct(">QIHHQQ")
+_BLOCKS = struct.Struct(">HQI")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +290,19 @@ _EXTENT = struct.Struct(">QIHHQQ")
         (33, _EXTENT.pack(7, 1, 0, 0, 0, 0)),
         (33, _EXTENT.pack(7, 1, 0, 1, 2**63 - 1, 1)),
         (33, _EXTENT.pack(7, 1, 0, 1, 2**64 - 1, 2**64 - 1)),
+        (48, _BLOCKS.pack(0, 0, 4096)),
+        (48, _BLOCKS.pack(0, 0, 4096) + bytes(15)),
+        (48, _BLOCKS.pack(0, 0, 4096) + bytes(1025 * 16)),
+        (48, _BLOCKS.pack(0, 0, 1 << 20) + bytes(65 * 16)),
+        (48, _BLOCKS.pack(0, 2048, 4096) + bytes(16)),
+        (48, _BLOCKS.pack(0, 0, 6144) + bytes(16)),
+        (48, _BLOCKS.pack(0, 0, 0) + bytes(16)),
+        (48, _BLOCKS.pack(256, 0, 4096) + bytes(16)),
+        (48, _BLOCKS.pack(0, 2**63 - 4096, 4096) + bytes(16)),
+        (48, _BLOCKS.pack(0, 2**64 - 4096, 4096) + bytes(16)),
+        (49, bytes(10)),
+        (49, bytes(10 + 129)),
+        (49, b"\x01\x00" + bytes(9)),
     ],
 )
 def test_a_payload_that_breaks_its_layout_is_refused(kind: int, payload: bytes) -> None:
@@ -262,11 +317,13 @@ def test_a_payload_that_breaks_its_layout_is_refused(kind: int, payload: bytes) 
         sealed(35, bytes(8), reserved=1),
         sealed(0, b""),
         sealed(41, b""),
+        sealed(47, b""),
+        sealed(53, b""),
         sealed(35, bytes(wire.CONTROL_LIMIT + 1)),
         sealed(33, bytes(wire.PAYLOAD_LIMIT + 1)),
         b"QRMG" + sealed(35, bytes(8))[4:],
     ],
-    ids=["flags", "reserved", "type 0", "type 41", "long control", "long payload", "magic"],
+    ids=["flags", "reserved", "type 0", "type 41", "type 47", "type 53", "long control", "long payload", "magic"],
 )
 def test_a_header_of_what_this_version_does_not_know_is_refused_before_its_payload_is_read(raw: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
@@ -303,7 +360,7 @@ def test_any_flipped_bit_is_a_protocol_error(message: m.Message, data: st.DataOb
         read(bytes(raw))
 
 
-@given(st.sampled_from([*range(1, 4), *range(16, 21), *range(32, 41)]), st.binary(max_size=200))
+@given(st.sampled_from([*range(1, 4), *range(16, 21), *range(32, 41), 48, 49, 70, 71]), st.binary(max_size=200))
 def test_any_payload_parses_to_what_would_be_sent_or_is_a_protocol_error(kind: int, payload: bytes) -> None:
     raw = sealed(kind, payload)
     try:

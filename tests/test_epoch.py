@@ -16,7 +16,7 @@ from qemu_remus.qemu.client import PeerCredentials
 from qemu_remus.qemu.disks import VmDisk
 from qemu_remus.qemu.epoch import BitmapLook, DeviceLook
 from qemu_remus.qemu.nbd_server import listening_paths, socket_path
-from qemu_remus.qemu.nodes import BitmapIdentity, access_node, filter_node
+from qemu_remus.qemu.nodes import WINDOW, BitmapIdentity, access_node, filter_node, map_node, scratch_bitmap
 from qemu_remus.qemu.process import owner_of
 
 PAIR = pair_name("web")
@@ -102,8 +102,12 @@ def test_merging_into_a_bitmap_that_is_there_neither_adds_nor_removes_it() -> No
     assert actions[0].data["bitmaps"] == [identity(1).name]
 
 
+def test_a_disk_whose_node_is_gone_has_nothing_to_merge() -> None:
+    assert epoch.merging([A], {}, [identity(1)], identity(2)) == []
+
+
 def test_a_disk_without_any_of_the_old_bitmaps_just_begins_the_new_one() -> None:
-    (action,) = epoch.merging([A], {}, [identity(1)], identity(2))
+    (action,) = epoch.merging([A], {A.node: {}}, [identity(1)], identity(2))
     assert action.type == "block-dirty-bitmap-add"
 
 
@@ -111,7 +115,8 @@ def test_removal_gives_back_a_node_only_where_our_filter_is() -> None:
     ours, access = filter_node(PAIR, A.name, EpochNumber(4)), access_node(PAIR, A.name, EpochNumber(4))
     theirs = filter_node(pair_name("db"), B.name, EpochNumber(4))
     devices: dict[str, DeviceLook] = {A.qdev: DeviceLook(ours, {}), B.qdev: DeviceLook(NodeName("overlay"), {})}
-    steps = epoch.removal(PAIR, [A, B], devices, [ours, access, theirs, A.node, B.node, NodeName("overlay")])
+    nodes = dict.fromkeys([ours, access, theirs, A.node, B.node, NodeName("overlay")], look())
+    steps = epoch.removal(PAIR, [A, B], devices, nodes)
     assert [(step.name, *step.arguments.values()) for step in steps] == [
         ("blockdev-del", access),
         ("qom-set", A.qdev, "drive", A.node),
@@ -122,8 +127,22 @@ def test_removal_gives_back_a_node_only_where_our_filter_is() -> None:
 def test_a_device_that_has_its_own_node_never_gets_it_again() -> None:
     """QEMU would abort."""
     stray = filter_node(PAIR, A.name, EpochNumber(4))
-    steps = epoch.removal(PAIR, [A], {A.qdev: DeviceLook(A.node, {})}, [stray, A.node])
+    steps = epoch.removal(PAIR, [A], {A.qdev: DeviceLook(A.node, {})}, {stray: {}, A.node: {}})
     assert [step.name for step in steps] == ["blockdev-del"]
+
+
+def test_what_a_push_was_cut_short_in_is_removed_after_the_filter() -> None:
+    window = scratch_bitmap(PAIR, WINDOW).name
+    ours, image = filter_node(PAIR, A.name, WINDOW), map_node(PAIR, A.name)
+    nodes = {ours: look(), image: look("map"), A.node: look(window, identity(1).name), B.node: look(identity(1).name)}
+    steps = epoch.removal(PAIR, [A, B], {A.qdev: DeviceLook(ours, {})}, nodes)
+    assert [(step.name, *step.arguments.values()) for step in steps] == [
+        ("blockdev-del", image),
+        ("qom-set", A.qdev, "drive", A.node),
+        ("blockdev-del", ours),
+        ("block-dirty-bitmap-remove", A.node, window),
+    ]
+    assert epoch.inserted_nodes(PAIR, nodes) == sorted([ours, image])
 
 
 def test_a_device_with_a_bare_id_is_the_one_below_peripheral() -> None:
@@ -154,7 +173,12 @@ def test_a_bitmap_removed_behind_our_back_is_not_an_empty_one() -> None:
 
 
 def test_a_bitmap_that_only_counted_clusters_is_never_taken_for_a_record() -> None:
-    names = [identity(10).name, identity(9).name, epoch.exact_count_name(identity(9)).name, identity(3, pair="db").name]
+    names = [
+        identity(10).name,
+        identity(9).name,
+        scratch_bitmap(PAIR, EpochNumber(9)).name,
+        identity(3, pair="db").name,
+    ]
     assert epoch.identities(PAIR, [*map(BitmapName, names), BitmapName("x")]) == (identity(9), identity(10))
 
 

@@ -6,7 +6,7 @@ and every block that the guest wrote is in some bitmap of ours. ``Rig.see_harmle
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -27,17 +27,22 @@ from qemu_remus.core.errors import (
     QemuError,
     QemuRemusError,
 )
+from qemu_remus.core.extents import Extent
 from qemu_remus.core.model import DiskName, EpochNumber, Generation, pair_name
+from qemu_remus.nbd.batches import Batch
+from qemu_remus.qemu import commands, epoch
 from qemu_remus.qemu.attachment import Attachment, open_attachment
-from qemu_remus.qemu.capabilities import query_capabilities
+from qemu_remus.qemu.capabilities import Capabilities, query_capabilities
 from qemu_remus.qemu.client import QmpClient
 from qemu_remus.qemu.discover import discover
-from qemu_remus.qemu.disks import choose_disks
+from qemu_remus.qemu.disks import VmDisk, choose_disks
 from qemu_remus.qemu.fleece import FleeceFile
 from qemu_remus.qemu.guardian_client import Guardian
 from qemu_remus.qemu.nodes import BitmapIdentity, Kind, export_id, kind_of
-from tests.fake_qemu import VIRTIO, FakeQemu
+from qemu_remus.qemu.transport import Transport
+from tests.fake_qemu import VIRTIO, FakeQemu, Refusal
 from tests.faulty_qmp import Fault, FaultyQmp
+from tests.qmp_validation import OLD_AND_NEW
 
 PAIR = pair_name("web")
 GENERATION = Generation(UUID(int=7))
@@ -46,6 +51,11 @@ BLOCK = 4096
 
 def identity(number: int) -> BitmapIdentity:
     return BitmapIdentity(PAIR, GENERATION, None, EpochNumber(number))
+
+
+def named(number: int) -> Callable[[object], BitmapIdentity]:
+    """Names the bitmap that takes over whatever is found."""
+    return lambda _: identity(number)
 
 
 class FakeGuardian:
@@ -120,24 +130,9 @@ async def attach(qemu: FakeQemu, plain: QmpClient, directory: Path, guardian: Fa
         yield Rig(qemu, client, attachment, guardian)
 
 
-class HookedQemu(FakeQemu):
-    """Something happens in QEMU just before, or after, it executes a command; once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before: dict[str, Callable[[], object]] = {}
-        self.after: dict[str, Callable[[], object]] = {}
-
-    def execute(self, name: str, arguments: dict[str, Any]) -> Any:
-        self.before.pop(name, bool)()
-        value = super().execute(name, arguments)
-        self.after.pop(name, bool)()
-        return value
-
-
-@pytest.fixture
-def qemu() -> Any:
-    with HookedQemu() as fake:
+@pytest.fixture(params=OLD_AND_NEW)
+def qemu(request: pytest.FixtureRequest) -> Any:
+    with FakeQemu(request.param) as fake:
         for name in "ab":
             fake.add_disk(f"{name}-node", VIRTIO.format(name))
         yield fake
@@ -153,7 +148,7 @@ def since_capture(qemu: FakeQemu) -> list[str]:
     return names[names.index("stop") :]
 
 
-async def test_a_checkpoint_is_a_filter_under_the_disks_that_changed(qemu: HookedQemu, directory: Path) -> None:
+async def test_a_checkpoint_is_a_filter_under_the_disks_that_changed(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 5 * BLOCK, 2 * BLOCK)
         capture = await rig.capture()
@@ -174,7 +169,7 @@ async def test_a_checkpoint_is_a_filter_under_the_disks_that_changed(qemu: Hooke
         rig.see_harmless({5, 6, 9})
 
 
-async def test_no_time_is_spent_in_the_pause_on_what_can_be_done_outside(qemu: HookedQemu, directory: Path) -> None:
+async def test_no_time_is_spent_in_the_pause_on_what_can_be_done_outside(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         for node in ("a-node", "b-node"):
             qemu.write(node, 0, 1)
@@ -184,7 +179,7 @@ async def test_no_time_is_spent_in_the_pause_on_what_can_be_done_outside(qemu: H
         assert pause == ["stop", "transaction", "blockdev-add", "qom-set", "blockdev-add", "qom-set", "cont"]
 
 
-async def test_an_epoch_of_nothing_gets_no_filter(qemu: HookedQemu, directory: Path) -> None:
+async def test_an_epoch_of_nothing_gets_no_filter(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         capture = await rig.capture()
         assert capture.disks == ()
@@ -193,7 +188,7 @@ async def test_an_epoch_of_nothing_gets_no_filter(qemu: HookedQemu, directory: P
         rig.see_harmless(set())
 
 
-async def test_a_first_write_just_before_the_pause_is_not_missed(qemu: HookedQemu, directory: Path) -> None:
+async def test_a_first_write_just_before_the_pause_is_not_missed(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
 
         def the_guest_writes() -> None:
@@ -209,7 +204,7 @@ async def test_a_first_write_just_before_the_pause_is_not_missed(qemu: HookedQem
 @pytest.mark.parametrize("dirty", ["a", "ab"])
 @pytest.mark.parametrize("fault", [Fault.REFUSE, Fault.DOUBT])
 async def test_a_fault_at_any_command_leaves_nothing_behind(
-    qemu: HookedQemu, directory: Path, fault: Fault, dirty: str
+    qemu: FakeQemu, directory: Path, fault: Fault, dirty: str
 ) -> None:
     failures = 0
     async with attached(qemu, directory) as rig:
@@ -220,8 +215,9 @@ async def test_a_fault_at_any_command_leaves_nothing_behind(
             written.add(point % 200)
             if "b" in dirty:
                 qemu.write("b-node", point * BLOCK, BLOCK)
-            old = sorted(set().union(*(await rig.attachment.bitmaps()).values()), key=lambda one: one.epoch)
-            await rig.attachment.merge_back(old, identity(current))
+            found = set().union(*(await rig.attachment.bitmaps()).values())
+            old = sorted((one.identity for one in found), key=lambda one: one.epoch)
+            await rig.attachment.merge_back(old, named(current))
             rig.client.arm(fault, point)
             try:
                 capture = await rig.capture(finished=current)
@@ -241,7 +237,7 @@ async def test_a_fault_at_any_command_leaves_nothing_behind(
 @pytest.mark.parametrize("moment", ["hang_up_before", "hang_up_after"])
 @pytest.mark.parametrize("command", ["stop", "block-dirty-bitmap-disable", "qom-set", "cont"])
 async def test_a_connection_lost_in_the_pause_is_the_guardians_call(
-    qemu: HookedQemu, directory: Path, command: str, moment: str
+    qemu: FakeQemu, directory: Path, command: str, moment: str
 ) -> None:
     del qemu.devices[VIRTIO.format("b")], qemu.nodes["b-node"]
     guardian = FakeGuardian(qemu)
@@ -262,7 +258,7 @@ async def test_a_connection_lost_in_the_pause_is_the_guardians_call(
         assert await rig.attachment.dirty_bytes() >= BLOCK
 
 
-async def test_a_cancelled_capture_resumes_the_vm_and_takes_the_filter_out(qemu: HookedQemu, directory: Path) -> None:
+async def test_a_cancelled_capture_resumes_the_vm_and_takes_the_filter_out(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
         with trio.CancelScope() as scope:
@@ -272,7 +268,7 @@ async def test_a_cancelled_capture_resumes_the_vm_and_takes_the_filter_out(qemu:
         rig.see_harmless({0})
 
 
-async def test_a_pause_of_somebody_else_is_used_and_left_alone(qemu: HookedQemu, directory: Path) -> None:
+async def test_a_pause_of_somebody_else_is_used_and_left_alone(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
         qemu.execute("stop", {})
@@ -286,7 +282,7 @@ async def test_a_pause_of_somebody_else_is_used_and_left_alone(qemu: HookedQemu,
 
 
 async def test_a_pause_that_somebody_else_begins_at_the_same_moment_is_not_ended(
-    qemu: HookedQemu, directory: Path
+    qemu: FakeQemu, directory: Path
 ) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
@@ -301,10 +297,44 @@ async def test_a_pause_that_somebody_else_begins_at_the_same_moment_is_not_ended
         rig.see_harmless({0}, status="paused")
 
 
-@pytest.mark.parametrize("pause", [True, False])
-async def test_a_vm_that_is_resumed_under_us_voids_the_checkpoint(
-    qemu: HookedQemu, directory: Path, pause: bool
+async def test_a_pause_that_somebody_else_begins_after_we_looked_is_used_and_left_alone(
+    qemu: FakeQemu, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async with attached(qemu, directory) as rig:
+        qemu.write("a-node", 0, 1)
+
+        async def stopped_meanwhile(seconds: float = 0.0) -> None:
+            qemu.execute("stop", {})
+            # its event comes before the reply
+            await rig.client.execute(commands.query_status())
+
+        monkeypatch.setattr(rig.guardian, "arm", stopped_meanwhile)
+        capture = await rig.capture()
+        assert [disk.index for disk in capture.disks] == [0]
+        assert "cont" not in qemu.commands()
+        await rig.attachment.release(capture)
+        rig.see_harmless({0}, status="paused")
+
+
+async def test_a_guest_that_powers_off_inside_the_pause_is_not_resumed_and_its_checkpoint_counts(
+    qemu: FakeQemu, directory: Path
+) -> None:
+    async with attached(qemu, directory) as rig:
+        qemu.write("a-node", 0, 1)
+
+        def powered_off() -> None:
+            qemu.status = "shutdown"
+            raise Refusal("Resetting required")
+
+        qemu.before["cont"] = powered_off
+        capture = await rig.capture()
+        assert [disk.index for disk in capture.disks] == [0]
+        await rig.attachment.release(capture)
+        rig.see_harmless({0}, status="shutdown")
+
+
+@pytest.mark.parametrize("pause", [True, False])
+async def test_a_vm_that_is_resumed_under_us_voids_the_checkpoint(qemu: FakeQemu, directory: Path, pause: bool) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
         if not pause:
@@ -315,9 +345,27 @@ async def test_a_vm_that_is_resumed_under_us_voids_the_checkpoint(
         rig.see_harmless({0})
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["transaction", "blockdev-add", "qom-set"])
+async def test_a_resume_at_any_moment_before_the_last_filter_is_in_voids_the_checkpoint(
+    qemu: FakeQemu, directory: Path, name: str, when: str
+) -> None:
+    """The event comes right before the reply to a command of the pause, or after the one before it."""
+    hooks = {"before": qemu.before, "after": qemu.after}[when]
+    async with attached(qemu, directory) as rig:
+        for node in ("a-node", "b-node"):
+            qemu.write(node, 0, 1)
+        # its namesakes before the pause are not meant
+        qemu.after["stop"] = lambda: hooks.update({name: qemu._do_cont})
+        with pytest.raises(CheckpointVoid, match="resumed the VM"):
+            await rig.capture()
+        assert name not in hooks, f"no {name} in the pause"
+        rig.see_harmless({0})
+
+
 @pytest.mark.parametrize("status", ["running", "suspended"])
 async def test_a_toolstack_that_has_not_paused_the_vm_gets_no_checkpoint(
-    qemu: HookedQemu, directory: Path, status: str
+    qemu: FakeQemu, directory: Path, status: str
 ) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
@@ -327,7 +375,7 @@ async def test_a_toolstack_that_has_not_paused_the_vm_gets_no_checkpoint(
         rig.see_harmless({0}, status=status)
 
 
-async def test_a_node_of_another_tool_is_not_bypassed(qemu: HookedQemu, directory: Path) -> None:
+async def test_a_node_of_another_tool_is_not_bypassed(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
         device = next(iter(qemu.devices.values()))
@@ -340,7 +388,7 @@ async def test_a_node_of_another_tool_is_not_bypassed(qemu: HookedQemu, director
 
 
 async def test_a_bitmap_that_somebody_removed_is_missed_before_the_vm_is_paused(
-    qemu: HookedQemu, directory: Path
+    qemu: FakeQemu, directory: Path
 ) -> None:
     async with attached(qemu, directory) as rig:
         del qemu.nodes["b-node"].bitmaps[identity(1).name]
@@ -350,7 +398,7 @@ async def test_a_bitmap_that_somebody_removed_is_missed_before_the_vm_is_paused(
 
 
 async def test_a_fleece_that_is_too_small_is_known_before_the_pause(
-    qemu: HookedQemu, directory: Path, monkeypatch: pytest.MonkeyPatch
+    qemu: FakeQemu, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FleeceFile, "free_space", lambda _: 65535)
     async with attached(qemu, directory) as rig:
@@ -363,7 +411,7 @@ async def test_a_fleece_that_is_too_small_is_known_before_the_pause(
 
 
 async def test_neighbouring_blocks_are_counted_exactly_before_a_fleece_is_called_too_small(
-    qemu: HookedQemu, directory: Path, monkeypatch: pytest.MonkeyPatch
+    qemu: FakeQemu, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FleeceFile, "free_space", lambda _: 65536)
     async with attached(qemu, directory) as rig:
@@ -373,7 +421,7 @@ async def test_neighbouring_blocks_are_counted_exactly_before_a_fleece_is_called
         assert sorted(qemu.nodes["a-node"].bitmaps) == [identity(1).name, identity(2).name]
 
 
-async def test_release_may_be_called_again_and_after_nothing(qemu: HookedQemu, directory: Path) -> None:
+async def test_release_may_be_called_again_and_after_nothing(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
         capture = await rig.capture()
@@ -385,7 +433,7 @@ async def test_release_may_be_called_again_and_after_nothing(qemu: HookedQemu, d
 
 
 async def test_an_overlay_on_our_filter_is_named_and_the_next_checkpoint_waits_for_it(
-    qemu: HookedQemu, directory: Path
+    qemu: FakeQemu, directory: Path
 ) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
@@ -403,32 +451,145 @@ async def test_an_overlay_on_our_filter_is_named_and_the_next_checkpoint_waits_f
         rig.see_harmless({0})
 
 
-async def test_a_merge_keeps_every_change_and_one_bitmap(qemu: HookedQemu, directory: Path) -> None:
+async def test_a_merge_keeps_every_change_and_one_bitmap(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
         capture = await rig.capture()
         qemu.write("a-node", BLOCK, 1)
         await rig.attachment.release(capture)
         del qemu.nodes["b-node"].bitmaps[identity(1).name]
-        await rig.attachment.merge_back([identity(1), identity(2)], identity(3))
+        await rig.attachment.merge_back([identity(1), identity(2)], named(3))
         qemu.write("a-node", 2 * BLOCK, 1)
-        assert await rig.attachment.bitmaps() == dict.fromkeys(map(DiskName, "ab"), (identity(3),))
+        assert await rig.attachment.bitmaps() == dict.fromkeys(
+            map(DiskName, "ab"), (epoch.Tracked(identity(3), recording=True),)
+        )
         assert recorded(qemu, "a-node") == {0, 1, 2}
 
 
-async def test_a_merge_of_a_bitmap_that_is_in_use_changes_nothing(qemu: HookedQemu, directory: Path) -> None:
+async def test_a_merge_of_a_bitmap_that_is_in_use_changes_nothing(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         qemu.nodes["b-node"].bitmaps[identity(1).name].busy = 1
         with pytest.raises(CommandFailed, match="in use"):
-            await rig.attachment.merge_back([identity(1)], identity(2))
-        assert set((await rig.attachment.bitmaps()).values()) == {(identity(1),)}
+            await rig.attachment.merge_back([identity(1)], named(2))
+        assert set((await rig.attachment.bitmaps()).values()) == {(epoch.Tracked(identity(1), recording=True),)}
         qemu.nodes["b-node"].bitmaps[identity(1).name].busy = 0
-        await rig.attachment.remove_bitmap(identity(1))
-        await rig.attachment.remove_bitmap(identity(1))
+        await rig.attachment.remove_bitmaps(identity(1))
+        await rig.attachment.remove_bitmaps(identity(1))
         assert set((await rig.attachment.bitmaps()).values()) == {()}
 
 
-async def test_only_the_bitmaps_stay_at_the_end(qemu: HookedQemu, directory: Path) -> None:
+class Sources:
+    """Stands for the transport: notes what is read."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[int, str, int]] = []
+
+    def enters_graph(self, disk: VmDisk) -> bool:
+        return False
+
+    @asynccontextmanager
+    async def read_ahead(self, index: int, disk: VmDisk, bitmap: epoch.BitmapLook) -> AsyncIterator[Any]:
+        self.read.append((index, bitmap.name, bitmap.count))
+
+        async def stream() -> AsyncIterator[Batch]:
+            yield Batch((Extent(index, 0, BLOCK, zero=True),), bytearray())
+
+        yield stream()
+
+
+async def ahead(rig: Rig, *, skip: tuple[int, ...] = ()) -> list[tuple[int, str, int]]:
+    """What is read of bitmap 1: disks, bitmaps, bytes."""
+    sources = Sources()
+    rig.attachment._transport = cast(Transport, sources)
+    async with rig.attachment.read_ahead(identity(1), skip=skip) as batches:
+        disks = [batch.extents[0].disk async for batch in batches]
+    assert disks == [index for index, _, _ in sources.read]
+    return sources.read
+
+
+async def test_a_rotation_loses_no_write_while_the_guest_runs(qemu: FakeQemu, directory: Path) -> None:
+    async with attached(qemu, directory) as rig:
+        qemu.before["transaction"] = lambda: qemu.write("a-node", 0, 1)
+        qemu.after["transaction"] = lambda: qemu.write("a-node", BLOCK, 1)
+        await rig.attachment.rotate(identity(1), identity(2))
+        bitmaps = qemu.nodes["a-node"].bitmaps
+        assert bitmaps[identity(1).name].dirty == {0}
+        assert bitmaps[identity(2).name].dirty == {1}
+        assert "stop" not in qemu.commands()
+        expected = (epoch.Tracked(identity(1), recording=False), epoch.Tracked(identity(2), recording=True))
+        assert await rig.attachment.bitmaps() == dict.fromkeys(map(DiskName, "ab"), expected)
+        rig.see_harmless({0, 1})
+
+
+async def test_a_rotation_without_the_bitmap_that_it_ends_begins_none(qemu: FakeQemu, directory: Path) -> None:
+    async with attached(qemu, directory) as rig:
+        qemu.write("a-node", 0, 1)
+        del qemu.nodes["b-node"].bitmaps[identity(1).name]
+        with pytest.raises(CommandFailed):
+            await rig.attachment.rotate(identity(1), identity(2))
+        assert (await rig.attachment.bitmaps())[DiskName("a")] == (epoch.Tracked(identity(1), recording=True),)
+        rig.see_harmless({0})
+
+
+async def test_what_a_finished_bitmap_holds_is_read_disk_after_disk(qemu: FakeQemu, directory: Path) -> None:
+    async with attached(qemu, directory) as rig:
+        for number, node in enumerate(("a-node", "b-node"), 1):
+            qemu.write(node, 0, number * BLOCK)
+        await rig.attachment.rotate(identity(1), identity(2))
+        name = identity(1).name
+        assert await ahead(rig) == [(0, name, BLOCK), (1, name, 2 * BLOCK)]
+        assert await ahead(rig, skip=(0,)) == [(1, name, 2 * BLOCK)]
+        assert await ahead(rig, skip=(0, 1)) == []
+
+
+async def test_a_disk_without_changes_is_not_read_ahead(qemu: FakeQemu, directory: Path) -> None:
+    async with attached(qemu, directory) as rig:
+        qemu.write("b-node", 0, BLOCK)
+        await rig.attachment.rotate(identity(1), identity(2))
+        assert [index for index, _, _ in await ahead(rig)] == [1]
+
+
+async def test_a_bitmap_lost_before_it_is_read_ahead_is_not_an_empty_one(qemu: FakeQemu, directory: Path) -> None:
+    async with attached(qemu, directory) as rig:
+        qemu.write("b-node", 0, BLOCK)
+        await rig.attachment.rotate(identity(1), identity(2))
+        del qemu.nodes["b-node"].bitmaps[identity(1).name]
+        with pytest.raises(GraphChanged, match="disk b has lost its dirty bitmap"):
+            await ahead(rig)
+        # A disk that is compared needs none.
+        assert await ahead(rig, skip=(1,)) == []
+
+
+async def test_a_merge_names_the_new_bitmap_by_what_is_there_at_that_moment(qemu: FakeQemu, directory: Path) -> None:
+    async with attached(qemu, directory) as rig:
+        await rig.attachment.rotate(identity(1), identity(2))
+        del qemu.nodes["b-node"].bitmaps[identity(1).name]
+        seen: list[Mapping[DiskName, tuple[epoch.Tracked, ...]]] = []
+
+        def into(found: Mapping[DiskName, tuple[epoch.Tracked, ...]]) -> BitmapIdentity:
+            seen.append(found)
+            return identity(3)
+
+        before = await rig.attachment.bitmaps()
+        await rig.attachment.merge_back([identity(1), identity(2)], into)
+        assert seen == [before]
+        assert [len(found) for found in seen[0].values()] == [2, 1]
+        assert set((await rig.attachment.bitmaps()).values()) == {(epoch.Tracked(identity(3), recording=True),)}
+
+
+async def test_both_bitmaps_of_an_epoch_are_removed_together(qemu: FakeQemu, directory: Path) -> None:
+    async with attached(qemu, directory) as rig:
+        await rig.attachment.rotate(identity(1), identity(2))
+        await rig.attachment.rotate(identity(2), identity(3))
+        await rig.attachment.remove_bitmaps(identity(1), identity(2))
+        assert qemu.commands()[-1] == "transaction"
+        left = {(epoch.Tracked(identity(3), recording=True),)}
+        assert set((await rig.attachment.bitmaps()).values()) == left
+        await rig.attachment.remove_bitmaps(identity(2), identity(1))
+        assert set((await rig.attachment.bitmaps()).values()) == left
+
+
+async def test_only_the_bitmaps_stay_at_the_end(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         assert [kind_of(name) for name in qemu.ours() if kind_of(name)] == [Kind.FLEECE, Kind.FLEECE]
         assert not list_fleeces(directory)
@@ -444,7 +605,7 @@ async def test_only_the_bitmaps_stay_at_the_end(qemu: HookedQemu, directory: Pat
     assert list(directory_entries(directory)) == []
 
 
-async def test_an_export_of_somebody_else_keeps_the_nbd_server(qemu: HookedQemu, directory: Path) -> None:
+async def test_an_export_of_somebody_else_keeps_the_nbd_server(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory):
         qemu.execute("block-export-add", {"id": "theirs", "type": "nbd", "node-name": "b-node"})
     assert list(qemu.exports) == ["theirs"]
@@ -454,7 +615,10 @@ async def test_an_export_of_somebody_else_keeps_the_nbd_server(qemu: HookedQemu,
         assert (await rig.capture()).disks == ()
 
 
-async def test_an_nbd_server_of_somebody_else_is_refused_and_left_alone(qemu: HookedQemu, directory: Path) -> None:
+async def test_an_nbd_server_of_somebody_else_is_left_alone_and_the_vm_refused_where_there_is_no_push(
+    qemu: FakeQemu, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Capabilities, "push", False)
     path = str(directory / "theirs.sock")
     qemu.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
     async with qemu.connect() as plain:
@@ -465,7 +629,7 @@ async def test_an_nbd_server_of_somebody_else_is_refused_and_left_alone(qemu: Ho
     assert qemu.ours() == []
 
 
-async def test_a_step_that_qemu_refuses_says_what_it_was(qemu: HookedQemu, directory: Path) -> None:
+async def test_a_step_that_qemu_refuses_says_what_it_was(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
         qemu.refuse("qom-set", "Conflicts with use by a backup")
@@ -475,7 +639,7 @@ async def test_a_step_that_qemu_refuses_says_what_it_was(qemu: HookedQemu, direc
         rig.see_harmless({0})
 
 
-async def test_what_cannot_be_undone_is_named_in_the_error(qemu: HookedQemu, directory: Path) -> None:
+async def test_what_cannot_be_undone_is_named_in_the_error(qemu: FakeQemu, directory: Path) -> None:
     async with attached(qemu, directory) as rig:
         qemu.write("a-node", 0, 1)
         qemu.before["qom-set"] = lambda: qemu._do_cont()
@@ -488,7 +652,7 @@ async def test_what_cannot_be_undone_is_named_in_the_error(qemu: HookedQemu, dir
 
 
 async def test_a_qemu_that_does_not_answer_is_told_to_resume_until_it_does(
-    qemu: HookedQemu, directory: Path, autojump_clock: Any
+    qemu: FakeQemu, directory: Path, autojump_clock: Any
 ) -> None:
     """Meanwhile the guardian is kept from ending a controller that is there and waits."""
     async with attached(qemu, directory) as rig:

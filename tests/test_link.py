@@ -266,8 +266,9 @@ async def test_a_reader_that_waits_for_its_own_side_does_not_call_the_peer_silen
         open_link(right, S, send_timeout=1000) as secondary,
         trio.open_nursery() as nursery,
     ):
-        nursery.start_soon(greet, primary, P)
-        await greet(secondary, S)
+        async with trio.open_nursery() as greetings:
+            greetings.start_soon(greet, primary, P)
+            greetings.start_soon(greet, secondary, S)
         await primary.send(BEGIN)
 
         async def flood() -> None:

@@ -20,7 +20,7 @@ from qemu_remus.core.errors import (
 from qemu_remus.core.extents import Extent
 from qemu_remus.nbd.batches import BATCH_BYTES, Batch, Run, append_run
 from qemu_remus.nbd.client import close_all, open_nbd
-from qemu_remus.nbd.reader import BatchStream, read_allocated, read_dirty
+from qemu_remus.nbd.reader import BatchStream, find_dirty, read_allocated, read_dirty
 from tests.nbd_server import Behaviour, FakeDisk, serve
 
 KIB = 1024
@@ -118,8 +118,9 @@ async def test_no_liberty_of_the_server_changes_what_comes(tmp_path: Path, behav
     dirty = [Run(0, 4096), Run(64 * KIB, 200 * KIB), Run(2 * MIB, 8192), Run(8 * MIB - 4096, 4096 + 512)]
     disk = a_disk(8 * MIB + 512, dirty, [Run(128 * KIB, 64 * KIB)], **behaviour)
     data, zeroes = content(await dirty_of(disk, tmp_path / "s"))
-    assert zeroes == [Run(128 * KIB, 64 * KIB)]
-    assert data == [Run(0, 4096), Run(64 * KIB, 64 * KIB), Run(192 * KIB, 72 * KIB), *dirty[2:]]
+    # What the server calls a hole is read all the same: of a snapshot that cannot be trusted.
+    assert zeroes == []
+    assert data == dirty
 
 
 async def test_nothing_dirty_yields_nothing_over_one_connection(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ async def test_a_small_epoch_uses_one_connection_and_a_large_one_several(tmp_pat
     assert small.connections == 1
     large = a_disk(1 << 30, [Run(0, 8 * MIB)])
     assert content(await dirty_of(large, tmp_path / "large")) == ([Run(0, 8 * MIB)], [])
-    assert large.connections == 3  # one of them for the allocation
+    assert large.connections > 1
 
 
 async def test_the_end_of_a_disk_that_is_no_multiple_of_a_block_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -146,10 +147,12 @@ async def test_the_end_of_a_disk_that_is_no_multiple_of_a_block_is_read_as_far_a
     assert content(await dirty_of(disk, tmp_path / "s")) == ([Run(MIB, 22_016)], [])
 
 
-async def test_known_zeroes_cost_no_reads(tmp_path: Path) -> None:
-    disk = a_disk(1 << 30, [Run(0, 1 << 30)], [Run(0, (1 << 30) - 64 * KIB)])
+async def test_no_read_of_a_snapshot_crosses_a_cluster_of_the_filter(tmp_path: Path) -> None:
+    disk = a_disk(8 * MIB, [Run(4096, MIB), Run(3 * MIB + 8192, 200 * KIB)])
     assert await dirty_of(disk, tmp_path / "s")
-    assert sum(length for command, _, length in disk.requests if command == 0) == 64 * KIB
+    reads = [(offset, length) for command, offset, length in disk.requests if command == 0]
+    assert reads
+    assert all(offset // (64 * KIB) == (offset + length - 1) // (64 * KIB) for offset, length in reads)
 
 
 async def test_zeroes_among_the_data_become_zero_extents(tmp_path: Path) -> None:
@@ -197,13 +200,10 @@ async def test_an_export_of_no_bytes_is_read_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL])
-@pytest.mark.parametrize("command", [0, 7])
-async def test_a_broken_snapshot_is_known_by_its_error(tmp_path: Path, number: int, command: int) -> None:
+async def test_a_broken_snapshot_is_known_by_its_error(tmp_path: Path, number: int) -> None:
     disk = a_disk(8 * MIB, [Run(0, 8 * MIB)])
     # As QEMU does, the dirty bitmap's own status still works: it is asked about the whole disk.
-    disk.behaviour.fail = lambda which, offset, length: number if which == command and offset >= 4 * MIB else 0
-    if command == 7:
-        disk.allocation = [(4 * MIB, 0), (4 * MIB, 0)]
+    disk.behaviour.fail = lambda which, offset, length: number if which == 0 and offset >= 4 * MIB else 0
     with pytest.raises(SnapshotBroken, match="The guest is not affected"):
         await dirty_of(disk, tmp_path / "s")
 
@@ -211,7 +211,7 @@ async def test_a_broken_snapshot_is_known_by_its_error(tmp_path: Path, number: i
 async def test_another_error_of_a_read_keeps_its_number(tmp_path: Path) -> None:
     disk = a_disk(8 * MIB, [Run(0, 8 * MIB)])
     disk.behaviour.fail = lambda command, offset, length: errno.EIO if offset >= 7 * MIB else 0
-    with pytest.raises(NbdRequestFailed, match=r"a read of 28672 bytes .*\(text\)") as caught:
+    with pytest.raises(NbdRequestFailed, match=r"a read of [1-9]\d* bytes at \d+ .*\(text\)") as caught:
         await dirty_of(disk, tmp_path / "s")
     assert caught.value.error == errno.EIO
 
@@ -335,3 +335,56 @@ async def test_closing_does_not_wait_for_a_server_that_hangs(tmp_path: Path, aut
         before = trio.current_time()
         await close_all([client])
         assert trio.current_time() - before <= 1
+
+
+async def test_a_part_of_a_disk_is_covered_from_its_start_to_its_end_and_no_further(tmp_path: Path) -> None:
+    zeroes = [Run(0, 64 * KIB), Run(MIB, 9 * MIB)]
+    disk = a_disk(20 * MIB + 512, [], zeroes)
+    part = Run(32 * KIB, 2 * MIB)
+    async with (
+        serve(disk, tmp_path / "s"),
+        read_allocated(tmp_path / "s", "e", disk=2, within=part) as stream,
+    ):
+        data, found = content(await take(stream))
+    assert found == [Run(32 * KIB, 32 * KIB), Run(MIB, part.end - MIB)]
+    assert data == [Run(64 * KIB, MIB - 64 * KIB)]
+
+
+async def test_a_part_ends_with_the_disk_at_the_latest(tmp_path: Path) -> None:
+    disk = a_disk(MIB + 512, [])
+    async with serve(disk, tmp_path / "s"):
+        for part, expected in ((Run(MIB, MIB), [Run(MIB, 512)]), (Run(2 * MIB, MIB), [])):
+            async with read_allocated(tmp_path / "s", "e", disk=2, within=part) as stream:
+                data, _ = content(await take(stream))
+            assert data == expected
+
+
+async def test_what_is_dirty_in_a_part_is_found_and_nothing_else(tmp_path: Path) -> None:
+    disk = a_disk(
+        20 * MIB + 512, [Run(0, 8 * KIB), Run(MIB, 16 * KIB), Run(2 * MIB - 4096, 8 * KIB), Run(20 * MIB, 512)]
+    )
+    expected = {
+        Run(0, 4096): [Run(0, 4096)],
+        Run(4096, MIB): [Run(4096, 4096), Run(MIB, 4096)],
+        Run(MIB + 4096, MIB): [Run(MIB + 4096, 12 * KIB), Run(2 * MIB - 4096, 8 * KIB)],
+        Run(20 * MIB - 4096, MIB): [Run(20 * MIB, 512)],
+        Run(3 * MIB, 4 * MIB): [],
+    }
+    async with serve(disk, tmp_path / "s"):
+        for part, dirty in expected.items():
+            assert await find_dirty(tmp_path / "s", "e", "b0", within=part, granularity=4096) == dirty
+
+
+async def test_a_part_that_is_dirty_everywhere_is_found_in_pieces(tmp_path: Path) -> None:
+    dirty = [Run(offset, 4096) for offset in range(0, 8 * MIB, 8 * KIB)]
+    disk = a_disk(8 * MIB, dirty)
+    async with serve(disk, tmp_path / "s"):
+        assert await find_dirty(tmp_path / "s", "e", "b0", within=Run(0, 8 * MIB), granularity=4096) == dirty
+
+
+async def test_a_status_that_fails_is_named(tmp_path: Path) -> None:
+    disk = a_disk(MIB, [])
+    disk.behaviour.fail = lambda command, offset, length: errno.EIO
+    async with serve(disk, tmp_path / "s"):
+        with pytest.raises(NbdRequestFailed, match="the block status of"):
+            await find_dirty(tmp_path / "s", "e", "b0", within=Run(0, MIB), granularity=4096)

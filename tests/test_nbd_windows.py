@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_remus.core.extents import Extent
-from qemu_remus.nbd.batches import BATCH_BYTES, BATCH_EXTENTS, Batch, BatchQueue, Read, Run, append_run
+from qemu_remus.nbd.batches import BATCH_BYTES, BATCH_EXTENTS, CLUSTER, Batch, BatchQueue, Read, Run, append_run
 from qemu_remus.nbd.protocol import STATUS_EXTENTS, STATUS_SPAN, status_cost
 from qemu_remus.nbd.windows import AllocationWalk, DirtyWalk
 
@@ -274,8 +274,10 @@ def test_no_read_is_handed_out_beyond_the_limit_of_batches(limit: int) -> None:
     reads = []
     while (read := queue.next_read()) is not None:
         reads.append(read)
-    assert len(reads) == limit
+    each = BATCH_BYTES // CLUSTER
+    assert len(reads) == limit * each
     assert not queue.exhausted
-    reads[0].fill(None)
+    for read in reads[:each]:
+        read.fill(None)
     assert queue.next_batch() == Batch((Extent(3, 0, BATCH_BYTES, True),), b"")
     assert queue.next_read() is not None

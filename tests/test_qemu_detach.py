@@ -11,17 +11,20 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+import trio
 import trio.testing
 
-from qemu_remus.core.errors import CommandInDoubt
+from qemu_remus.core.errors import CommandInDoubt, QemuUnreachable
 from qemu_remus.core.model import DiskName, EpochNumber, Generation, NodeName, PairName, QdevPath
-from qemu_remus.qemu import commands
-from qemu_remus.qemu.client import PeerCredentials
+from qemu_remus.qemu import cleanup, commands
+from qemu_remus.qemu.client import PeerCredentials, open_qmp
 from qemu_remus.qemu.commands import Command
 from qemu_remus.qemu.detach import DetachReport, detach
+from qemu_remus.qemu.epoch import look_name
 from qemu_remus.qemu.nbd_server import socket_path
 from qemu_remus.qemu.nodes import BitmapIdentity, access_node, export_id, filter_node, fleece_node
 from tests.fake_qemu import VIRTIO, FakeQemu
+from tests.qmp_validation import OLD_AND_NEW, floor
 
 PAIR = PairName("web")
 OTHER = PairName("other")
@@ -52,9 +55,9 @@ def steps(tmp_path: Path, peer: PeerCredentials, pair: PairName = PAIR, name: st
 STEPS = 9
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeQemu]:
-    with FakeQemu() as qemu:
+@pytest.fixture(params=OLD_AND_NEW)
+def fake(request: pytest.FixtureRequest) -> Iterator[FakeQemu]:
+    with FakeQemu(request.param) as qemu:
         qemu.add_disk("disk1", QDEV)
         qemu.add_disk("disk2", VIRTIO.format("vdb"))
         qemu.put_over(VIRTIO.format("vdb"), "throttle0", "throttle")
@@ -156,6 +159,14 @@ async def test_tracking_can_be_kept(fake: FakeQemu, tmp_path: Path, qemu: PeerCr
     assert fake.devices[QDEV].node == "disk1"
 
 
+async def test_a_look_that_was_cut_short_goes_although_tracking_is_kept(fake: FakeQemu) -> None:
+    tracking = BitmapIdentity(PAIR, Generation(UUID(int=7)), EpochNumber(3), EpochNumber(4))
+    for name in (tracking.name, look_name(tracking).name):
+        fake.execute("block-dirty-bitmap-add", {"node": "disk1", "name": name})
+    assert (await detached(fake, keep_tracking=True)).ok
+    assert fake.ours() == [tracking.name]
+
+
 async def test_another_pairs_things_stay(fake: FakeQemu, tmp_path: Path, qemu: PeerCredentials) -> None:
     run(fake, steps(tmp_path, qemu, OTHER))
     before = fake.ours()
@@ -236,6 +247,7 @@ async def test_our_job_is_cancelled_and_anothers_is_not(fake: FakeQemu) -> None:
         fake.jobs[job] = {"id": job, "type": "backup", "status": "running", "current-progress": 0, "total-progress": 1}
     report = await detached(fake)
     assert report.removed == (f"job {ours}",)
+    assert [name for name in fake.commands() if name.startswith("job-")] == ["job-cancel", "job-dismiss"]
     assert list(fake.jobs) == ["libvirt-mirror"]
 
 
@@ -257,8 +269,14 @@ async def test_our_nbd_server_goes_on_while_somebody_elses_export_is_in_it(
     assert list(fake.exports) == ["theirs"]
 
 
-async def test_a_filter_that_hides_its_disk_is_left(fake: FakeQemu, tmp_path: Path, qemu: PeerCredentials) -> None:
+async def test_a_filter_that_hides_its_disk_is_left(tmp_path: Path, qemu: PeerCredentials) -> None:
     """A QEMU that shows the children in neither of the two ways."""
+    with FakeQemu(floor()) as fake:
+        fake.add_disk("disk1", QDEV)
+        await see_hidden(fake, tmp_path, qemu)
+
+
+async def see_hidden(fake: FakeQemu, tmp_path: Path, qemu: PeerCredentials) -> None:
     run(fake, steps(tmp_path, qemu))
     fake.schema = [entry for entry in fake.schema if entry["name"] != "x-debug-query-block-graph"]
     report = await detached(fake)
@@ -272,3 +290,40 @@ async def test_a_filter_that_hides_its_disk_is_left(fake: FakeQemu, tmp_path: Pa
 def qemu() -> PeerCredentials:
     """The process that the fake QEMU's sockets belong to."""
     return PeerCredentials(os.getpid(), os.getuid(), os.getgid())
+
+
+# --- after a controller's death
+
+
+@pytest.mark.parametrize("done", range(STEPS + 1))
+async def test_a_clean_up_leaves_the_bitmaps_and_other_pairs_alone(
+    fake: FakeQemu, tmp_path: Path, qemu: PeerCredentials, done: int
+) -> None:
+    run(fake, steps(tmp_path, qemu)[:done])
+    tracking = [name for name in fake.ours() if name.startswith("qemu-remus.")]
+    fake.execute("blockdev-add", dict(commands.blockdev_add_file(fleece_node(OTHER, DiskName("x")), "/x").arguments))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(fake.listen, tmp_path / "qmp")
+        assert (await cleanup.clean_up(tmp_path / "qmp", PAIR)).ok
+        nursery.cancel_scope.cancel()
+    assert fake.ours() == sorted([*tracking, fleece_node(OTHER, DiskName("x"))])
+    assert fake.devices[QDEV].node == "disk1"
+    assert fake.aborted == ""
+
+
+async def test_a_clean_up_gives_way_to_a_restarted_controller(
+    fake: FakeQemu, tmp_path: Path, qemu: PeerCredentials
+) -> None:
+    run(fake, steps(tmp_path, qemu))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(fake.listen, tmp_path / "qmp")
+        async with open_qmp(tmp_path / "qmp"):
+            with pytest.raises(QemuUnreachable, match="somebody else"):
+                await cleanup.clean_up(tmp_path / "qmp", PAIR, greeting=0.05)
+        nursery.cancel_scope.cancel()
+    assert fake.commands() == ["qmp_capabilities"]
+
+
+def test_a_clean_up_without_a_qemu_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cleanup.main(["--qmp", str(tmp_path / "nothing"), "--pair", PAIR]) == 1
+    assert "cannot connect" in capsys.readouterr().err

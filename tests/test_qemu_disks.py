@@ -10,13 +10,15 @@ import pytest
 
 from qemu_remus.core.errors import ConfigError, DiskUnsupported, UnknownDisk
 from qemu_remus.core.model import DiskName, EpochNumber, NodeName, PairName, QdevPath, disk_name
-from qemu_remus.qemu.capabilities import Capabilities, Feature, query_capabilities
+from qemu_remus.qemu.capabilities import PUSH, Capabilities, Feature, query_capabilities
 from qemu_remus.qemu.discover import discover, in_iothread
-from qemu_remus.qemu.disks import VmDisk, below_filters, choose_disks, list_disks, obstacle
+from qemu_remus.qemu.disks import VmDisk, below_filters, choose_disks, list_disks, needs_push, obstacle
 from qemu_remus.qemu.nodes import filter_node, fleece_node
 from tests.fake_qemu import VIRTIO, Device, FakeQemu
+from tests.qmp_validation import OLD_AND_NEW
 
 OLD = Capabilities((7, 2, 22), frozenset(Feature))
+NO_PUSH = Capabilities((7, 2, 22), frozenset(Feature) - PUSH)
 NEW = Capabilities((10, 0, 0), frozenset(Feature))
 PAIR = PairName("p")
 FILTER = filter_node(PAIR, DiskName("vda"), EpochNumber(3))
@@ -55,9 +57,9 @@ def one(**more: Any) -> VmDisk:
     return replace(disk, **more)
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeQemu]:
-    with FakeQemu() as qemu:
+@pytest.fixture(params=OLD_AND_NEW)
+def fake(request: pytest.FixtureRequest) -> Iterator[FakeQemu]:
+    with FakeQemu(request.param) as qemu:
         yield qemu
 
 
@@ -65,6 +67,7 @@ def fake() -> Iterator[FakeQemu]:
     ("query", "name"),
     [
         (entry("#block1", qdev="/machine/unattached/device[19]", device="ide0-hd0"), "ide0-hd0"),
+        (entry("#block1", qdev="/machine/peripheral/usb1/usb1.0/legacy[0]"), "usb1"),
         (entry("#block1", qdev="/machine/peripheral-anon/device[3]/virtio-backend", device="vd1"), "vd1"),
         (entry("disk2", qdev=VIRTIO.format("vda")), "vda"),
         (entry("disk3", qdev="sd0"), "sd0"),
@@ -120,8 +123,8 @@ def test_a_whole_tree_is_shown_by_its_images_name() -> None:
         (one(node=NodeName(""), hidden_below=FILTER), "does not show what is below", False),
         (one(node=NodeName(FILTER)), "one of ours", False),
         (one(size=0), "empty", True),
-        (one(iothread=True), "QEMU 7.2.22 aborts", False),
-        (one(iothread=None), "cannot be seen", False),
+        (one(model="scsi-block"), "scsi-block, hands the guest's SCSI commands", False),
+        (one(model="scsi-generic", read_only=True), "scsi-generic, hands the guest's SCSI commands", False),
     ],
 )
 def test_what_cannot_be_protected_says_why_and_what_to_do(disk: VmDisk, what: str, quiet: bool) -> None:
@@ -136,8 +139,20 @@ def test_what_cannot_be_protected_says_why_and_what_to_do(disk: VmDisk, what: st
 
 
 @pytest.mark.parametrize("iothread", [True, False, None])
-def test_an_iothread_is_no_obstacle_from_10_0_on(iothread: bool | None) -> None:
-    assert obstacle(one(iothread=iothread), NEW) is None
+def test_an_iothread_takes_push_before_10_0_and_is_no_obstacle(iothread: bool | None) -> None:
+    assert obstacle(one(iothread=iothread), NEW) is obstacle(one(iothread=iothread), OLD) is None
+    assert not needs_push(one(iothread=iothread), NEW)
+    assert needs_push(one(iothread=iothread), OLD) is (iothread is not False)
+
+
+@pytest.mark.parametrize(("iothread", "what"), [(True, "QEMU 7.2.22 aborts"), (None, "cannot be seen")])
+def test_an_iothread_where_there_is_no_push_is_an_obstacle(iothread: bool | None, what: str) -> None:
+    problem = obstacle(one(iothread=iothread), NO_PUSH)
+    assert problem is not None
+    assert what in problem.what
+    assert "QEMU 10.0" in problem.hint
+    assert not problem.quiet
+    assert obstacle(one(iothread=False), NO_PUSH) is None
 
 
 def test_without_a_choice_all_writable_disks_are_taken_in_qemus_order() -> None:
@@ -152,7 +167,7 @@ def test_without_a_choice_all_writable_disks_are_taken_in_qemus_order() -> None:
 
 def test_a_writable_disk_is_never_left_out_silently() -> None:
     with pytest.raises(DiskUnsupported, match=r"disk bad .*iothread"):
-        choose_disks([one(), one(name=DiskName("bad"), iothread=True)], None, OLD)
+        choose_disks([one(), one(name=DiskName("bad"), iothread=True)], None, NO_PUSH)
 
 
 def test_a_vm_without_a_writable_disk_is_refused() -> None:
@@ -218,6 +233,19 @@ def test_a_filter_that_hides_its_disk_is_told_apart_from_an_empty_drive() -> Non
 
 
 # --- asking
+
+
+async def test_a_disk_that_is_passed_through_is_known_by_its_device_and_refused(fake: FakeQemu) -> None:
+    fake.add_disk("disk1", VIRTIO.format("vda"))
+    fake.add_disk("disk2", "sg0")
+    fake.qom["/machine/peripheral/sg0"] = {"type": "scsi-block", "parent_bus": "/machine/peripheral/hba/hba.0"}
+    async with fake.connect() as client:
+        capabilities = await query_capabilities(client)
+        disks = await discover(client, capabilities)
+    assert [disk.model for disk in disks] == ["virtio-blk-device", "scsi-block"]
+    with pytest.raises(DiskUnsupported, match=r"sg0 .*scsi-block"):
+        choose_disks(disks, None, capabilities)
+    assert [disk.name for disk in choose_disks(disks, {DiskName("a"): NodeName("disk1")}, capabilities)] == ["a"]
 
 
 async def test_disks_are_discovered_through_our_filter(fake: FakeQemu) -> None:

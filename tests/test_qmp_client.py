@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -15,10 +16,15 @@ import trio.testing
 from qemu_remus.core.errors import CommandFailed, CommandInDoubt, NotQmp, QemuUnreachable
 from qemu_remus.core.model import NodeName
 from qemu_remus.qemu import commands
-from qemu_remus.qemu.client import Done, Failed, InDoubt, PeerCredentials, QmpEvent, open_qmp, open_qmp_over
+from qemu_remus.qemu.client import Done, Failed, InDoubt, PeerCredentials, open_qmp, open_qmp_over
+from qemu_remus.qemu.commands import Command
+from qemu_remus.qemu.events import QmpEvent
 from tests.fake_qemu import FakeQemu
 
 NOBODY = NodeName("nobody")
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}, "capabilities": []}}\r\n'
+)
 
 
 @pytest.fixture
@@ -79,6 +85,18 @@ async def test_an_error_in_the_body_comes_out_as_itself(fake: FakeQemu, tmp_path
         with pytest.raises(KeyError, match="mine"):
             async with open_qmp(tmp_path / "qmp"):
                 raise KeyError("mine")
+
+
+async def test_an_error_in_a_cancelled_body_comes_out_too(fake: FakeQemu, tmp_path: Path) -> None:
+    async with listening(fake, tmp_path / "qmp"):
+        with trio.CancelScope() as scope, pytest.raises(KeyError):
+            await _fail_when_cancelled(tmp_path / "qmp", scope)
+
+
+async def _fail_when_cancelled(path: Path, scope: trio.CancelScope) -> None:
+    async with open_qmp(path):
+        scope.cancel()
+        raise KeyError("ours")
 
 
 async def test_a_busy_socket_is_told_from_a_dead_one(fake: FakeQemu, tmp_path: Path) -> None:
@@ -375,3 +393,33 @@ async def test_waiting_for_an_event_ends_when_it_comes(fake: FakeQemu) -> None:
             await fake.emit_now("SHUTDOWN", guest=True)
             await trio.testing.wait_all_tasks_blocked()
     assert [event.data for event in got] == [{"guest": True}]
+
+
+async def test_what_went_out_in_part_goes_out_whole_though_its_caller_is_gone() -> None:
+    ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
+    lines: list[dict[str, object]] = []
+    read_on = trio.Event()
+
+    async def qemu() -> None:
+        await theirs.send_all(GREETING)
+        buffer = b""
+        while data := await theirs.receive_some(1 << 20):
+            buffer += data
+            while b"\n" in buffer:
+                line, _, buffer = buffer.partition(b"\n")
+                lines.append(json.loads(line))
+                await theirs.send_all(json.dumps({"return": {}, "id": lines[-1]["id"]}).encode() + b"\r\n")
+                if len(lines) == 1:
+                    await read_on.wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(qemu)
+        async with theirs, open_qmp_over(ours, PeerCredentials(1, 0, 0), name="qmp") as client:
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await client.execute(Command("query-status", {"long": "x" * (4 << 20)}, changes_state=False))
+            assert scope.cancelled_caught
+            read_on.set()
+            await client.execute(commands.query_status())
+            assert [line["execute"] for line in lines] == ["qmp_capabilities", "query-status", "query-status"]
+        nursery.cancel_scope.cancel()

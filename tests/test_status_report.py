@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qemu_remus.core.model import Connection, DiskName, DiskState, EpochNumber, Generation, PairName, Replication, Role
 from qemu_remus.core.report import (
     Checkpoints,
+    DiskRange,
     DiskReport,
     EpochCounts,
     FailoverReport,
@@ -22,6 +23,8 @@ from qemu_remus.core.report import (
     Report,
     SyncMeter,
     SyncProgress,
+    VerifyReport,
+    VerifyState,
 )
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "status.md"
@@ -43,6 +46,19 @@ FULL = Report(
     bytes_sent=3,
     bytes_received=4,
     sync=SyncProgress(1, 2, 3.0, 4.0),
+    verify=VerifyReport(
+        1,
+        VerifyState.FAILED,
+        True,
+        (DiskName("disk0"),),
+        512,
+        1024,
+        differing_ranges=1,
+        differing_bytes=512,
+        ranges=(DiskRange(DiskName("disk0"), 0, 512),),
+        reason="the disk cannot be read",
+        ended_age_seconds=4.5,
+    ),
     disks=(DiskReport(DiskName("disk0"), 512, "node0", "/srv/disk0"),),
     failover=FailoverReport(EpochNumber(7), False),
     version="1.2.3",
@@ -81,7 +97,9 @@ def test_nothing_known_is_null_and_never_missing() -> None:
     bare = Report(
         PairName("vm"), Role.PRIMARY, Connection.CONNECTING, DiskState.INCONSISTENT, Replication.OFF
     ).to_json()
-    assert keys(bare) == {key for key in keys(FULL.to_json()) if not key.startswith(("sync.", "disks.", "failover."))}
+    assert keys(bare) == {
+        key for key in keys(FULL.to_json()) if not key.startswith(("sync.", "verify.", "disks.", "failover."))
+    }
     assert bare["checkpoint"]["committed"] is None
     assert bare["pause"]["last-ms"] is None
     assert bare["sync"] is None

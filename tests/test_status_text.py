@@ -10,7 +10,17 @@ from uuid import UUID
 import pytest
 
 from qemu_remus import status
-from qemu_remus.core.model import Connection, DiskName, DiskState, EpochNumber, Generation, PairName, Replication, Role
+from qemu_remus.core.model import (
+    Connection,
+    DiskName,
+    DiskStanding,
+    DiskState,
+    EpochNumber,
+    Generation,
+    PairName,
+    Replication,
+    Role,
+)
 from qemu_remus.core.report import Checkpoints, DiskReport, FailoverReport, Pause, Report, SyncProgress
 
 PRIMARY = Report(
@@ -207,3 +217,17 @@ def test_with_rich_the_bar_is_as_wide_as_asked(colour: bool) -> None:
     bar = status.style_for(Terminal(), colour=colour).bar(0.5, 30)
     assert len(re.sub(r"\x1b\[[0-9;]*m", "", bar)) == 30 if colour else len(bar) <= 30
     assert ("\x1b" in bar) is colour
+
+
+def test_a_disk_that_is_not_protected_is_shouted_about_with_the_reason() -> None:
+    disks = (
+        DiskReport(DiskName("a"), size=1 << 20, node="n"),
+        DiskReport(DiskName("b"), size=1 << 20, node="m", state=DiskStanding.UNPROTECTED, reason="no\nplace for b"),
+        DiskReport(DiskName("c"), size=1 << 20, state=DiskStanding.SYNCING),
+    )
+    lines = status.render(change(PRIMARY, disks=disks))
+    assert [line.split("MiB")[1].strip() for line in lines[-3:]] == [
+        "node n",
+        "node m  UNPROTECTED: no place for b",
+        "SYNCING",
+    ]

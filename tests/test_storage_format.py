@@ -86,6 +86,7 @@ def test_record_types_keep_their_numbers() -> None:
         ("COMMIT", 3),
         ("ABORT", 4),
         ("TRIM", 5),
+        ("DISKS", 6),
     ]
 
 
@@ -111,10 +112,28 @@ def test_totals_and_trim_keep_their_bytes() -> None:
 
 
 def test_document_keeps_its_bytes() -> None:
-    head = b"QREMUSSB" + le(1, 4) + le(3, 4) + le(slow_crc32c(b"{}\n"), 4)
+    head = b"QREMUSSB" + le(2, 4) + le(3, 4) + le(slow_crc32c(b"{}\n"), 4)
     golden = head + le(slow_crc32c(head), 4) + b"{}\n"
     assert fmt.pack_document(b"{}\n") == golden
     assert fmt.unpack_document(golden) == b"{}\n"
+
+
+def test_documents_of_the_first_version_are_read() -> None:
+    head = b"QREMUSSB" + le(1, 4) + le(3, 4) + le(slow_crc32c(b"{}\n"), 4)
+    assert fmt.unpack_document(head + le(slow_crc32c(head), 4) + b"{}\n") == b"{}\n"
+
+
+def test_a_table_of_disks_keeps_its_bytes() -> None:
+    table = ((0, 512), (3, 1 << 40))
+    golden = le(2, 4) + le(0, 4) + le(0, 4) + le(0, 4) + le(512, 8) + le(3, 4) + le(0, 4) + le(1 << 40, 8)
+    assert fmt.pack_disks(table) == golden
+    assert fmt.unpack_disks(golden) == table
+
+
+@pytest.mark.parametrize("table", [((1, 512), (0, 512)), ((1, 512), (1, 1024)), ((0, 0),)])
+def test_a_table_of_disks_that_contradicts_itself_is_refused(table: fmt.DiskTable) -> None:
+    with pytest.raises(FormatError):
+        fmt.unpack_disks(fmt.pack_disks(table))
 
 
 def test_pair_hash_keeps_its_value() -> None:
@@ -128,7 +147,8 @@ def test_digest_is_a_checksum_of_checksums() -> None:
 
 
 def test_only_records_behind_a_sync_start_a_new_block() -> None:
-    assert fmt.next_offset(RecordType.EXTENTS, 4096, 1) == 4096 + 88
+    for kind in (RecordType.EXTENTS, RecordType.DISKS):
+        assert fmt.next_offset(kind, 4096, 1) == 4096 + 88
     for kind in (RecordType.END, RecordType.COMMIT, RecordType.ABORT, RecordType.TRIM):
         assert fmt.next_offset(kind, 4096, 32) == 8192
 
@@ -153,8 +173,8 @@ def test_segments_and_documents_of_another_version_are_refused_by_name() -> None
     head = b"QREMUSSG" + le(2, 4) + le(4096, 4) + bytes(76)
     with pytest.raises(FormatError, match="version is 2"):
         fmt.unpack_segment_header(head + le(slow_crc32c(head), 4))
-    head = b"QREMUSSB" + le(2, 4) + le(0, 4) + le(0, 4)
-    with pytest.raises(FormatError, match="version is 2"):
+    head = b"QREMUSSB" + le(3, 4) + le(0, 4) + le(0, 4)
+    with pytest.raises(FormatError, match="version is 3; this program reads versions 1 and 2"):
         fmt.unpack_document(head + le(slow_crc32c(head), 4))
 
 
@@ -182,7 +202,7 @@ def test_extents_come_back_as_they_went(extents: list[Extent]) -> None:
 def test_any_bytes_are_read_or_refused_and_nothing_else(data: bytes) -> None:
     assert fmt.unpack_segment_header(data) is None
     assert fmt.unpack_record_header(data) is None
-    for unpack in (fmt.unpack_document, fmt.unpack_extents, fmt.unpack_totals, fmt.unpack_trim):
+    for unpack in (fmt.unpack_document, fmt.unpack_extents, fmt.unpack_totals, fmt.unpack_trim, fmt.unpack_disks):
         try:
             unpack(data)
         except FormatError:

@@ -110,6 +110,15 @@ def test_staging_and_committing_at_once_costs_one_sync(disk: MemoryDisk) -> None
     assert get(journal, 1) == content
 
 
+def test_the_commit_of_a_staged_epoch_costs_one_small_record_and_one_sync(disk: MemoryDisk) -> None:
+    journal = new_journal(disk)
+    put(journal, 1, b"a" * 4096)
+    journal.stage(epoch(1))
+    disk.calls.clear()
+    journal.commit(epoch(1))
+    assert dict(disk.calls) == {"pwrite": 1, "fdatasync": 1}
+
+
 def test_an_epoch_of_nothing_costs_one_small_record_and_one_sync(disk: MemoryDisk) -> None:
     journal = new_journal(disk)
     free = journal.free_bytes

@@ -21,6 +21,7 @@ from qemu_remus.storage.superblock import (
     PastGeneration,
     StoredDisk,
     StoredDiskState,
+    StoredHandover,
     Superblock,
     SyncAttempt,
     decode_superblock,
@@ -47,6 +48,10 @@ FULL = Superblock(
     disk_state=StoredDiskState.CONSISTENT,
     sync=SyncAttempt((True, False), 1 << 40),
     failover=Failover(EpochNumber(5), Generation(UUID(int=7)), (EpochNumber(6), EpochNumber(5)), finished=True),
+    begun=1_700_000_000,
+    decided=1_700_000_007,
+    discarded=(Generation(UUID(int=11)),),
+    handover=StoredHandover(EpochNumber(5), Generation(UUID(int=12)), ours=False, finished=True),
 )
 EMPTY = Superblock(PairName("vm1"), Role.PRIMARY, InstanceId(UUID(int=3)))
 
@@ -63,7 +68,11 @@ GOLDEN_BODY = b"""{
   "disks": [],
   "disk_state": "inconsistent",
   "sync": null,
-  "failover": null
+  "failover": null,
+  "begun": 0,
+  "decided": 0,
+  "discarded": [],
+  "handover": null
 }
 """
 

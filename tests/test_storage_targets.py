@@ -279,3 +279,86 @@ def test_a_closed_target_is_not_used(target: Target) -> None:
     target.close()
     with pytest.raises(InternalError, match="closed"):
         target.flush()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read_before_it_is_durable_and_up_to_the_disks_end(target: Target) -> None:
+    target.write(100, b"abc")
+    target.write(SIZE - 2, b"yz")
+    assert target.read(99, 5) == b"\0abc\0"
+    assert target.read(SIZE - 3, 3) == b"\0yz"
+    assert target.read(7, 0) == b""
+    assert target.read(0, SIZE).count(0) == SIZE - 5
+
+
+def test_a_read_that_the_kernel_cuts_short_goes_on(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    target.write(1000, b"0123456789")
+    whole = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, length, offset: whole(descriptor, min(length, 3), offset))
+    assert target.read(1000, 10) == b"0123456789"
+
+
+def test_nothing_is_read_outside_the_disk(target: Target) -> None:
+    for call in (lambda: target.read(SIZE - 1, 2), lambda: target.read(-1, 1), lambda: target.is_hole(SIZE, 1)):
+        with pytest.raises(InternalError, match="outside"):
+            call()
+
+
+def test_a_target_that_somebody_has_cut_is_not_taken_for_zeroes(path: Path, target: Target) -> None:
+    os.truncate(path, SIZE - 512)
+    assert target.read(0, SIZE - 512) == bytes(SIZE - 512)
+    for look in (target.read, target.is_hole):
+        with pytest.raises(TargetUnsuitable, match="smaller"):
+            look(SIZE - 1024, 1024)
+
+
+def test_a_target_that_cannot_be_read_says_where(path: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail_with(errno.EIO))
+        with pytest.raises(TargetUnsuitable, match=f"{path} cannot be read at 4096"):
+            target.read(4096, 512)
+    # Nothing that was written is in doubt by that.
+    target.flush()
+
+
+def test_nothing_is_read_after_a_flush_that_failed(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail_with(errno.EIO))
+        with pytest.raises(WriteFailed):
+            target.flush()
+    for look in (target.read, target.is_hole):
+        with pytest.raises(WriteFailed):
+            look(0, 1)
+
+
+def test_holes_are_known_where_nothing_was_written(path: Path) -> None:
+    target = prepare_target(path, 1 << 20, sparse=True)
+    assert target.is_hole(0, 1 << 20)
+    target.write(600 << 10, b"\0" * 4096)
+    assert target.is_hole(0, 512 << 10)
+    assert target.is_hole(704 << 10, 320 << 10)
+    assert not target.is_hole(0, 1 << 20)
+    assert not target.is_hole(600 << 10, 1)
+    assert not target.is_hole(0, (600 << 10) + 1)
+    target.close()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_where_holes_cannot_be_found_there_are_none(
+    target: Target, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "lseek", fail_with(number))
+    assert not target.is_hole(0, 1)
+
+
+def test_an_opened_target_is_read_from_the_device_and_not_from_memory(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_bytes(bytes(SIZE))
+    dropped: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *rest: dropped.append(rest))
+    prepare_target(path, SIZE).close()
+    reopen_target(path, SIZE).close()
+    assert dropped == [(0, 0, os.POSIX_FADV_DONTNEED)] * 2

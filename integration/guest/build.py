@@ -33,7 +33,7 @@ DRIVERS = (
     "ata_piix",
     "nvme",
 )
-PROGRAMS = ("ledger", "load")
+PROGRAMS = ("ledger", "load", "pulse", "witness")
 
 
 class GuestUnavailable(Exception):

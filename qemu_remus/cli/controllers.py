@@ -33,12 +33,16 @@ def primary(options: argparse.Namespace) -> int:
         peer=options.peer,
         pair=options.pair,
         disks=options.disks,
-        interval_ms=options.interval,
+        interval_ms=None if options.toolstack else options.interval,
         state_dir=options.state_dir,
         fleece_dir=options.fleece_dir,
         control=options.control,
         heartbeat_timeout_seconds=options.heartbeat_timeout,
+        watchdog_seconds=options.watchdog,
         allow_inconsistent_resync=options.allow_inconsistent_resync,
+        commit_at_shutdown=options.commit_at_shutdown,
+        rate=options.rate,
+        fleece_memory=options.fleece_memory,
     )
     set_up(LogFormat(options.log_format), verbose=options.verbose)
     from qemu_remus.primary import run_primary
@@ -53,10 +57,14 @@ def secondary(options: argparse.Namespace) -> int:
         listen=options.listen,
         store=options.store,
         disks=options.disks,
+        target_options=options.target_options,
+        target_secrets=options.target_secrets,
         pair=options.pair,
         control=options.control,
         sparse=options.sparse,
         overwrite=options.overwrite,
+        force_discard=options.force_discard,
+        disk_dir=options.disk_dir,
         journal_limit=options.journal_limit,
         heartbeat_timeout_seconds=options.heartbeat_timeout,
     )

@@ -1,4 +1,4 @@
-"""``qemu-remus demo``: the demonstration of the source tree, integration/demo.py, which is not part of the package."""
+"""``qemu-remus demo``: the demonstration of the source tree, integration/demo, which is not part of the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qemu_remus.core.errors import ConfigError
 def demo(_: argparse.Namespace) -> int:
     """Run it; 0 only if all that it shows held."""
     tree = Path(__file__).parent.parent.parent
-    if not (tree / "integration" / "demo.py").is_file():
+    if not (tree / "integration" / "demo" / "__main__.py").is_file():
         raise ConfigError(
             "this installation has no demonstration: it is part of the source tree only",
             hint="get the source tree and run 'make demo' there, or install it with pip install -e",

@@ -26,6 +26,12 @@ class ExitCode(IntEnum):
     """The controller, or the peer, refused; nothing was changed."""
     UNREACHABLE = 5
     """Nobody there: no such socket, nobody listening, somebody else's socket, or no answer."""
+    EPOCH_LOST = 6
+    """Of ``epoch``: the epoch is lost, a later one carries its changes; drop the memory of that checkpoint too."""
+    IN_DOUBT = 7
+    """Of ``epoch``: it is not known whether the epoch counts. Of ``failover``: one is in doubt; nothing was changed."""
+    DIFFERENT = 8
+    """Of ``verify``: the copy differs from the VM's disks, and not all of that was repaired."""
     INTERRUPTED = 130
     """Ctrl-C, where there was nothing to clean up."""
 
@@ -39,7 +45,8 @@ _CODES: tuple[tuple[type[QemuRemusError], ExitCode], ...] = (
     (errors.CommandNotFound, ExitCode.REFUSED),
     (errors.NotProtected, ExitCode.REFUSED),
     (errors.NotConsistent, ExitCode.REFUSED),
-    (errors.CommitInDoubt, ExitCode.REFUSED),
+    (errors.CommitInDoubt, ExitCode.IN_DOUBT),
+    (errors.EpochLost, ExitCode.EPOCH_LOST),
     (errors.OutOfOrder, ExitCode.REFUSED),
     (errors.Refused, ExitCode.REFUSED),
     (errors.PeerRefused, ExitCode.REFUSED),

@@ -1,10 +1,10 @@
-"""``qemu-remus detach`` and ``qemu-remus probe``: commands that talk to a QEMU themselves, without a controller."""
+"""``qemu-remus detach``: talks to a QEMU itself, without a controller."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import trio
 
@@ -14,8 +14,7 @@ from qemu_remus.core.qapi import to_qmp
 from qemu_remus.qemu.client import open_qmp
 from qemu_remus.qemu.detach import DetachReport
 from qemu_remus.qemu.detach import detach as take_out
-from qemu_remus.qemu.probe import ProbeReport
-from qemu_remus.qemu.probe import probe as look_at
+from qemu_remus.qemu.shutdown import let_end, was_held
 
 
 def detach(options: argparse.Namespace) -> int:
@@ -31,19 +30,8 @@ def detach(options: argparse.Namespace) -> int:
 
 async def _detach(path: str, pair: PairName | None) -> DetachReport:
     async with open_qmp(path) as client:
-        return await take_out(client, pair)
-
-
-def probe(options: argparse.Namespace) -> int:
-    """Say what a QEMU and its disks allow."""
-    report = trio.run(_probe, options.qmp)
-    if options.json:
-        print(json.dumps(to_qmp(report), indent=2))
-    else:
-        print("\n".join(report.lines()))
-    return ExitCode.OK if report.ok else ExitCode.NOT_PROTECTED
-
-
-async def _probe(path: Path) -> ProbeReport:
-    async with open_qmp(path) as client:
-        return await look_at(client)
+        held = await was_held(client, pair)
+        report = await take_out(client, pair)
+        if held and await let_end(client):
+            return replace(report, removed=(*report.removed, "QEMU itself, whose guest had powered off"))
+        return report

@@ -25,6 +25,8 @@ DEPTH_LIMIT: Final = 64
 
 _OUTSIDE_STRING: Final = re.compile(rb'["{}\[\]]')
 _INSIDE_STRING: Final = re.compile(rb'["\\\n]')
+_TO_BRACKET: Final = re.compile(rb'(?:[^"{}\[\]\n]++|"[^"\\\n]*+")*+([{}\[\]])')
+"""On to the next bracket, over whole strings without escapes."""
 _SPACE: Final = b" \t\r\n"
 _EXPECTED: Final = frozenset({"execute", "arguments", "id"})
 
@@ -92,7 +94,7 @@ class ObjectReader:
         self._skipping = False
         self._unreadable: Unreadable | None = None
 
-    def receive_data(self, data: bytes) -> None:
+    def receive_data(self, data: bytes | bytearray) -> None:
         """Take bytes from the stream."""
         if self._unreadable is None:
             self._buffer += data
@@ -111,7 +113,24 @@ class ObjectReader:
                 self._skipping = True
                 self._skip_line()
                 return Garbage("a JSON object was expected")
+            if self._scanned == 0 and (end := self._simple_end()) is not None:
+                return self._take(end)
         return self._scan()
+
+    def _simple_end(self) -> int | None:
+        """Where an object ends that has come whole, on one line and without escapes, as nearly all do; else None.
+
+        It saves the steps of the scan, of which a quarter of the time for a command would be spent.
+        """
+        end = depth = 0
+        while (match := _TO_BRACKET.match(self._buffer, end)) is not None:
+            end = match.end()
+            if end > self._limit or depth == DEPTH_LIMIT:
+                return None
+            depth += 1 if match.group(1) in b"{[" else -1
+            if depth == 0:
+                return end
+        return None
 
     def _scan(self) -> bytes | Garbage | Unreadable | NeedData:
         while True:
@@ -177,7 +196,7 @@ class RequestReader:
     def __init__(self, limit: int = REQUEST_LIMIT) -> None:
         self._objects = ObjectReader(limit)
 
-    def receive_data(self, data: bytes) -> None:
+    def receive_data(self, data: bytes | bytearray) -> None:
         """Take bytes from the client."""
         self._objects.receive_data(data)
 

@@ -24,7 +24,7 @@ outcome that is unknown is a class of its own.
      |    +-- NbdProtocolError      the server broke the NBD protocol
      |    +-- NbdRequestFailed      the server answered a request with an error number
      |    +-- NbdConnectionLost
-     +-- EpochLost                  an epoch failed; its changes stay in the dirty bitmaps
+     +-- EpochLost                  an epoch failed; its changes stay in the dirty bitmaps. Also a control answer
      |    +-- SnapshotBroken        the replication filter gave up the checkpoint's view for the guest's sake
      |    +-- FleeceTooSmall
      |    +-- CheckpointVoid        the VM ran while the checkpoint was being captured
@@ -49,7 +49,7 @@ outcome that is unknown is a class of its own.
      |         +-- JournalDamaged
      |         +-- SuperblockDamaged
      +-- ControlUnreachable         no control socket, nobody listening, not a controller, or the connection is gone
-     +-- ControlError               an answer of the control socket; ``qmp_class`` names it there
+     +-- ControlError               an answer of the control socket; ``control_class`` names it there
           +-- CommandNotFound
           +-- NotProtected
           +-- NotConsistent
@@ -134,6 +134,9 @@ class QemuRemusError(Exception):
     #: True where the same attempt may succeed later without anybody doing anything.
     transient: ClassVar[bool] = False
 
+    #: The error class in a reply of our control socket; part of the documented interface.
+    control_class: ClassVar[str] = "GenericError"
+
     def __init__(self, what: str, *, safe: str = "", hint: str = "") -> None:
         super().__init__(what)
         self.what = what
@@ -153,7 +156,7 @@ class UnknownDisk(ConfigError):
 
 
 class DiskUnsupported(ConfigError):
-    """The VM has this disk, but it cannot be protected: read-only, removable, in an iothread of an old QEMU, ..."""
+    """The VM has this disk, but it cannot be protected: read-only, removable, without a name, ..."""
 
 
 class InternalError(QemuRemusError):
@@ -234,9 +237,14 @@ class NbdConnectionLost(NbdError):
 
 
 class EpochLost(QemuRemusError):
-    """An epoch failed. Its changes stay in the dirty bitmaps: a later epoch carries them."""
+    """An epoch failed. Its changes stay in the dirty bitmaps: a later epoch carries them.
+
+    A toolstack gets it for every cause, the classes below included, as an answer of the control socket; it must drop
+    the memory of that checkpoint too.
+    """
 
     transient = True
+    control_class = "EpochLost"
 
 
 class SnapshotBroken(EpochLost):
@@ -297,6 +305,8 @@ class RefusalCode(StrEnum):
     FENCED = "fenced"
     NEEDS_FULL_SYNC = "needs-full-sync"
     DISK_MISMATCH = "disk-mismatch"
+    DISK_SHRUNK = "disk-shrunk"
+    NO_PLACE = "no-place"
     TARGET_UNSUITABLE = "target-unsuitable"
     STORAGE_FAILED = "storage-failed"
     NO_SPACE = "no-space"
@@ -365,57 +375,59 @@ class SuperblockDamaged(FormatError):
 
 
 class ControlUnreachable(QemuRemusError):
-    """No control socket there, nobody listening on it, not a controller of ours, or the connection is gone."""
+    """No control socket there, nobody listening on it, not a controller of ours, or the connection is gone.
+
+    :param in_doubt: a command was sent, and what became of it is unknown; else nothing was asked.
+    """
 
     transient = True
 
+    def __init__(self, what: str, *, safe: str = "", hint: str = "", in_doubt: bool = False) -> None:
+        super().__init__(what, safe=safe, hint=hint)
+        self.in_doubt = in_doubt
+
 
 class ControlError(QemuRemusError):
-    """An answer of the control socket.
-
-    ``qmp_class`` is the error class in the QMP reply; it is part of the documented interface.
-    """
-
-    qmp_class: ClassVar[str] = "GenericError"
+    """An answer of the control socket; ``control_class`` is its error class there."""
 
 
 class CommandNotFound(ControlError):
     """This controller does not have the command."""
 
-    qmp_class = "CommandNotFound"
+    control_class = "CommandNotFound"
 
 
 class NotProtected(ControlError):
     """The VM is not protected at the moment."""
 
-    qmp_class = "NotProtected"
+    control_class = "NotProtected"
 
 
 class NotConsistent(ControlError):
     """The secondary's disks hold no complete checkpoint."""
 
-    qmp_class = "NotConsistent"
+    control_class = "NotConsistent"
 
 
 class CommitInDoubt(ControlError):
     """An epoch is staged and nobody here knows whether its commit was decided."""
 
-    qmp_class = "CommitInDoubt"
+    control_class = "CommitInDoubt"
 
 
 class OutOfOrder(ControlError):
     """The command does not fit the state; nothing was changed."""
 
-    qmp_class = "OutOfOrder"
+    control_class = "OutOfOrder"
 
 
 class Refused(ControlError):
     """The command is refused as things stand; nothing was changed."""
 
-    qmp_class = "Refused"
+    control_class = "Refused"
 
 
 class TimedOut(ControlError):
     """The command's time-out passed; the state is unchanged, and the command may be repeated."""
 
-    qmp_class = "TimedOut"
+    control_class = "TimedOut"

@@ -10,17 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from qemu_remus.core.disk_changes import UNCHANGED, DiskChanges, find_changes, has_places
 from qemu_remus.core.errors import PeerRefused, RefusalCode, sentences
 from qemu_remus.core.messages import Goodbye, Hello
 from qemu_remus.core.model import Base, DiskName, DiskState, EpochNumber, Generation, Role
+from qemu_remus.core.text import written
 
 __all__ = [
     "Diagnosis",
+    "DiskShrunk",
     "DisksMismatch",
     "FailedOver",
     "Incremental",
     "InitialSync",
     "NeedsFullSync",
+    "NoPlace",
     "PairMismatch",
     "Refusal",
     "RoleConflict",
@@ -46,14 +50,17 @@ class InitialSync:
 class Incremental:
     """The next epoch may build on what the secondary has; that there is nothing to send is a case of it.
 
-    :param base: the newest base of the primary's disks: the secondary's committed checkpoint is at least that.
-    :param committed: that checkpoint.
+    :param committed: the secondary's checkpoint.
     :param in_doubt: an epoch that is staged there and not committed. The next epoch is a superset of it.
+    :param compare: the disks, by their place in the primary's hello, of which nobody recorded what has changed since
+        that checkpoint, or which that checkpoint does not have: their blocks are compared.
+    :param changes: what has become of the disks since that checkpoint.
     """
 
-    base: EpochNumber
     committed: EpochNumber
     in_doubt: Base
+    compare: tuple[int, ...] = ()
+    changes: DiskChanges = UNCHANGED
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,8 @@ class StorageFailed(Refusal):
         return Diagnosis(
             f"the secondary's store has failed; it last held {_holding(self.secondary)}",
             "the VM runs on, and what it changes is tracked",
-            "see the secondary's log and status; mend its disks, then start it again",
+            "see the secondary's log and status; mend its disks or make room: it tries again by itself, and at once "
+            "with `qemu-remus retry-storage` there",
         )
 
 
@@ -156,8 +164,9 @@ class FailedOver(Refusal):
         return Diagnosis(
             f"the secondary has failed over{checkpoint}: the VM's present is there, this primary's disks are its past",
             "nothing was changed on either side",
-            "stop this VM unless it is the one that must live on; to protect the other one, "
-            "make this host its secondary with an empty store",
+            "stop this VM unless it is the one that must live on; to protect the other one, make this host its "
+            f"secondary: {_give_up_primary(self.primary)}. To give up the other one instead: "
+            f"{_give_up_secondary(self.secondary)}",
         )
 
 
@@ -174,7 +183,8 @@ class SplitBrain(Refusal):
             f"split brain: both sides went on from generation {common}; the primary holds {_holding(self.primary)}, "
             f"the secondary {_holding(self.secondary)}",
             "nothing was changed; each side keeps what it has",
-            "decide which side's data to give up, and start that side as a secondary with an empty store",
+            f"decide which side's data to give up. The secondary's: {_give_up_secondary(self.secondary)}. "
+            f"The primary's: stop its VM, and there {_give_up_primary(self.primary)}",
         )
 
 
@@ -189,10 +199,10 @@ class UnrelatedData(Refusal):
         if self.primary.generation is None:
             hint = (
                 "if the primary's --state-dir is a wrong or a new one, give the old one; "
-                "if this copy may be overwritten, start the secondary with an empty store"
+                f"if this copy may be overwritten, {_give_up_secondary(self.secondary)}"
             )
         else:
-            hint = "check --peer; if this copy may be overwritten, start the secondary with an empty store"
+            hint = f"check --peer; if this copy may be overwritten, {_give_up_secondary(self.secondary)}"
         return Diagnosis(
             f"the secondary's data are not known to be this VM's: the primary holds {_holding(self.primary)}, "
             f"the secondary {_holding(self.secondary)}",
@@ -203,7 +213,7 @@ class UnrelatedData(Refusal):
 
 @dataclass(frozen=True, slots=True)
 class DisksMismatch(Refusal):
-    """The two sides' disks differ in names or sizes."""
+    """The two sides have no disks in common, or there is no place for a full copy."""
 
     code: ClassVar[RefusalCode] = RefusalCode.DISK_MISMATCH
 
@@ -212,7 +222,51 @@ class DisksMismatch(Refusal):
         return Diagnosis(
             f"the disks differ: the primary has {_disks(self.primary)}; the secondary has {_disks(self.secondary)}",
             "nothing was changed",
-            "give both sides the same --disk names, and the secondary targets of the primary's sizes",
+            "give the secondary the primary's --disk names, or --disk-dir",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DiskShrunk(Refusal):
+    """Disks of the primary are smaller than at the secondary's checkpoint.
+
+    :param disks: their places in the primary's hello, with the size in bytes that the secondary has.
+    """
+
+    disks: tuple[tuple[int, int], ...]
+
+    code: ClassVar[RefusalCode] = RefusalCode.DISK_SHRUNK
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        ours = [disk for disk in self.primary.disks if disk.size]
+        listed = ", ".join(f"{ours[place].name} from {held} to {ours[place].size} bytes" for place, held in self.disks)
+        return Diagnosis(
+            f"a disk cannot be made smaller while it is protected: {listed}",
+            f"the VM runs on; the secondary keeps {_holding(self.secondary)}, of the old size",
+            "make the disk as large as it was: replication goes on by itself then; or start the secondary with an "
+            "empty store",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NoPlace(Refusal):
+    """The primary has new disks that the secondary has no place for; the others go on without them.
+
+    :param disks: their names.
+    """
+
+    disks: tuple[DiskName, ...]
+
+    code: ClassVar[RefusalCode] = RefusalCode.NO_PLACE
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        listed = ", ".join(self.disks)
+        return Diagnosis(
+            f"the secondary has no place for {listed}",
+            "the VM's other disks are protected without it",
+            f"start the secondary with --disk {self.disks[0]}=PATH as well, or with --disk-dir",
         )
 
 
@@ -255,19 +309,25 @@ def decide(primary: Hello, secondary: Hello) -> Verdict:
         return conflict
     if secondary.disk_state is DiskState.FAILED:
         return StorageFailed(primary, secondary)
-    if not _same_disks(primary, secondary):
+    changes = find_changes(primary, secondary)
+    if changes is None:
         return DisksMismatch(primary, secondary)
     if secondary.disk_state is DiskState.INCONSISTENT:
-        return _without_checkpoint(primary, secondary)
+        placed = has_places(primary, secondary)
+        return _without_checkpoint(primary, secondary) if placed else DisksMismatch(primary, secondary)
+    if not changes.kept:
+        return DisksMismatch(primary, secondary)
     if secondary.generation is None or secondary.committed is None:
         # A consistent checkpoint without a number or a history: such a hello is wrong, so nothing is touched.
         return UnrelatedData(primary, secondary)
     if primary.generation != secondary.generation:
         if _ended_at(primary, secondary.generation) is not None:
+            if not has_places(primary, secondary):
+                return DisksMismatch(primary, secondary)
             reason = "the secondary's data are of a history that ended when the VM was taken over"
             return NeedsFullSync(primary, secondary, reason, _names(primary))
         return UnrelatedData(primary, secondary)
-    return _difference(primary, secondary, secondary.committed)
+    return _difference(primary, secondary, secondary.committed, changes)
 
 
 def _conflict(primary: Hello, secondary: Hello) -> Refusal | None:
@@ -277,12 +337,12 @@ def _conflict(primary: Hello, secondary: Hello) -> Refusal | None:
         # Between the decision to fail over and its end, the old generation is still the secondary's.
         if secondary.role is Role.PRIMARY and primary.generation == secondary.generation:
             return FailedOver(primary, secondary)
-    if primary.role is not Role.PRIMARY or secondary.role is not Role.SECONDARY:
+    if primary.role is not Role.PRIMARY:
         return RoleConflict(primary, secondary)
     known = _ended_at(primary, secondary.generation) is not None
     if primary.generation != secondary.generation and not known and _common(primary, secondary) is not None:
         return SplitBrain(primary, secondary)
-    return None
+    return None if secondary.role is Role.SECONDARY else RoleConflict(primary, secondary)
 
 
 def _without_checkpoint(primary: Hello, secondary: Hello) -> Verdict:
@@ -294,26 +354,19 @@ def _without_checkpoint(primary: Hello, secondary: Hello) -> Verdict:
     return InitialSync("the secondary holds what an earlier full sync left unfinished")
 
 
-def _difference(primary: Hello, secondary: Hello, committed: EpochNumber) -> Verdict:
+def _difference(primary: Hello, secondary: Hello, committed: EpochNumber, changes: DiskChanges) -> Verdict:
     """DESIGN section 3: an epoch applies to a committed checkpoint c iff base <= c."""
-    untracked = tuple(disk.name for disk in primary.disks if disk.base is None)
-    if untracked:
-        reason = "the primary has no record of what was changed since the last checkpoint"
-        return NeedsFullSync(primary, secondary, reason, untracked)
-    bases = {disk.name: disk.base for disk in primary.disks if disk.base is not None}
-    newer = tuple(name for name, base in bases.items() if base > committed)
-    if newer:
-        reason = f"the primary's record begins after checkpoint {committed}, the secondary's last"
-        return NeedsFullSync(primary, secondary, reason, newer)
-    return Incremental(max(bases.values()), committed, secondary.staged)
-
-
-def _same_disks(primary: Hello, secondary: Hello) -> bool:
-    sizes = {disk.name: disk.size for disk in primary.disks}
-    theirs = {disk.name: disk.size for disk in secondary.disks}
-    if not sizes or len(sizes) != len(primary.disks) or len(theirs) != len(secondary.disks):
-        return False
-    return sizes.keys() == theirs.keys() and all(size in (0, sizes[name]) for name, size in theirs.items())
+    protected = tuple(disk for disk in primary.disks if disk.size)
+    if changes.shrunk:
+        return DiskShrunk(primary, secondary, changes.shrunk)
+    if changes.unplaced:
+        return NoPlace(primary, secondary, tuple(protected[place].name for place in changes.unplaced))
+    unknown = (
+        place
+        for place, disk in enumerate(protected)
+        if disk.base is None or disk.base > committed or place in changes.added
+    )
+    return Incremental(committed, secondary.staged, tuple(unknown), changes)
 
 
 def _ended_at(hello: Hello, generation: Generation | None) -> Base:
@@ -326,7 +379,21 @@ def _common(primary: Hello, secondary: Hello) -> Generation | None:
 
 
 def _names(hello: Hello) -> tuple[DiskName, ...]:
-    return tuple(disk.name for disk in hello.disks)
+    return tuple(disk.name for disk in hello.disks if disk.size)
+
+
+def _give_up_secondary(hello: Hello) -> str:
+    """How to give up what a store holds; its generation is named, so that no other can be meant."""
+    if hello.generation is None:
+        return "start the secondary with an empty store"
+    return f"start the secondary, on its store, with --force-discard {hello.generation}"
+
+
+def _give_up_primary(hello: Hello) -> str:
+    """The same for a primary, whose state directory becomes the store of a secondary."""
+    if hello.generation is None:
+        return "start a secondary with an empty store and --overwrite"
+    return f"start a secondary with --store on its state directory and --force-discard {hello.generation}"
 
 
 def _holding(hello: Hello) -> str:
@@ -334,7 +401,9 @@ def _holding(hello: Hello) -> str:
         return "no generation"
     held = "no checkpoint" if hello.committed is None else f"checkpoint {hello.committed}"
     staged = "" if hello.staged is None else f" (and {hello.staged}, staged)"
-    return f"{held}{staged} of generation {hello.generation}, {hello.disk_state}"
+    times = (("begun", written(hello.begun)), ("last decided on", written(hello.decided)))
+    when = ", ".join(f"{what} {time}" for what, time in times if time)
+    return f"{held}{staged} of generation {hello.generation}{f' ({when})' if when else ''}, {hello.disk_state}"
 
 
 def _disks(hello: Hello) -> str:

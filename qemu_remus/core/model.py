@@ -102,6 +102,21 @@ class Replication(StrEnum):
     FAILED_OVER = "failed-over"
 
 
+class DiskStanding(StrEnum):
+    """How one disk of the VM stands."""
+
+    PROTECTED = "protected"
+    """It is one of the disks of the last committed checkpoint."""
+    SYNCING = "syncing"
+    """No committed checkpoint has it yet, or has it in its present size; its first copy is under way or waits."""
+    UNPROTECTED = "unprotected"
+    """The VM has it, and it cannot be protected: ``reason`` says why."""
+    GONE = "gone"
+    """The VM has it no more; the secondary keeps what it held at the last checkpoint that had it."""
+    FREE = "free"
+    """A place on the secondary for a disk that the VM does not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class DiskSpec:
     """One disk of a pair.

@@ -3,428 +3,193 @@
 It owns the order of things on the primary: when to connect, to track, to copy, to capture a checkpoint, to end an
 epoch, to commit it, and what becomes of its bitmap when anything fails.  What may not enter: I/O, clocks, randomness,
 and how QEMU or the wire spell any of it.  New generations come in with events, because a pure machine cannot make them.
+States (:mod:`qemu_remus.core.primary_model`), events and effects can be had from here.  Here are the steps, by
+event; what they ask is in :mod:`qemu_remus.core.primary_questions`, what several of them do in
+:mod:`qemu_remus.core.primary_turns`, and what the secondary says in :mod:`qemu_remus.core.primary_answers`.
 
-Effects marked *work* take long; at most one is under way, and its end is an event (``Captured``, ``WorkFailed``, ...).
-The others are done at once, in order.  Whatever happens, every changed block stays in a bitmap that is either
-recording, finished, or being merged: a bitmap is removed only after ``Committed`` for its epoch.
+Whatever happens, every changed block stays in a bitmap that is either recording, finished, or being merged: a bitmap is
+removed only after ``Committed`` for its epoch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from enum import Enum, auto
 from functools import singledispatch
 
 from qemu_remus.core import messages as m
+from qemu_remus.core import primary_answers as answers
+from qemu_remus.core import primary_disks as disks
+from qemu_remus.core import primary_questions as ask
+from qemu_remus.core import primary_turns as turns
+from qemu_remus.core import primary_verify as verify
+from qemu_remus.core.disk_changes import asked_for, find_changes
 from qemu_remus.core.errors import InternalError, RefusalCode
-from qemu_remus.core.generation import Incremental, InitialSync, NeedsFullSync, Refusal, decide
-from qemu_remus.core.model import (
-    Base,
-    DiskSpec,
-    DiskState,
-    EpochNumber,
-    Generation,
-    InstanceId,
-    PairName,
-    Replication,
-    Role,
+from qemu_remus.core.frozen import replace
+from qemu_remus.core.generation import Incremental, InitialSync, NeedsFullSync, NoPlace, decide
+from qemu_remus.core.primary_effects import (
+    CancelWork,
+    Capture,
+    Connect,
+    CopyAhead,
+    CopyLive,
+    Disconnect,
+    Effect,
+    Hold,
+    InterruptSlice,
+    MergeBack,
+    RemoveBitmaps,
+    Resume,
+    SaveState,
+    Schedule,
+    ScheduleVerify,
+    Send,
+    Stand,
+    StartTracking,
+    Step,
+    Stop,
+    Survey,
+    SwitchReply,
+    Transfer,
+    VerifyAnswered,
+    VerifySlice,
 )
-
-
-class Phase(Enum):
-    """Where the primary stands; the comment says what it waits for."""
-
-    STARTING = auto()  # Attached
-    ADOPTING = auto()  # Merged: what an earlier controller left becomes one recording bitmap
-    WAITING = auto()  # LinkUp
-    RENEWING = auto()  # TrackingStarted or Merged: a bitmap with base "none" for a full sync
-    SYNC_BEGIN = auto()  # SyncReady
-    SYNC_COPY = auto()  # SyncCopied
-    SYNC_FLUSH = auto()  # SyncFlushed
-    IDLE = auto()  # CheckpointDue
-    CAPTURE = auto()  # Captured
-    TRANSFER = auto()  # Transferred
-    STAGE = auto()  # EpochStaged, or Committed where one write does both
-    STAGED = auto()  # CommitDue
-    COMMIT = auto()  # Committed
-    RETIRE = auto()  # BitmapRemoved
-    MERGE = auto()  # Merged: the failed epoch's bitmap goes back into the recording one
-    STOPPED = auto()
-
-
-WORKING = frozenset(
-    {
-        Phase.ADOPTING,
-        Phase.RENEWING,
-        Phase.SYNC_COPY,
-        Phase.CAPTURE,
-        Phase.TRANSFER,
-        Phase.RETIRE,
-        Phase.MERGE,
-    }
+from qemu_remus.core.primary_events import (
+    AbortDue,
+    Attached,
+    BitmapRemoved,
+    Captured,
+    CheckpointDue,
+    CommitDue,
+    CopiedAhead,
+    DisksChanged,
+    Event,
+    FromPeer,
+    Held,
+    LinkDown,
+    LinkRefused,
+    LinkUp,
+    MakeWay,
+    Merged,
+    NotCaptured,
+    SliceVerified,
+    Standing,
+    StopDeadline,
+    StopRequested,
+    Surveyed,
+    SwitchRequested,
+    SwitchTimeUp,
+    SyncCopied,
+    TrackingStarted,
+    Transferred,
+    VerifyCancelled,
+    VerifyDue,
+    VerifyRequested,
+    WorkFailed,
 )
-"""Phases in which a piece of work is under way."""
-
-SYNCING = frozenset({Phase.RENEWING, Phase.SYNC_BEGIN, Phase.SYNC_COPY, Phase.SYNC_FLUSH})
-LASTING = frozenset(RefusalCode) - {
-    RefusalCode.FENCED,
-    RefusalCode.STORAGE_FAILED,
-    RefusalCode.NO_SPACE,
-    RefusalCode.PROTOCOL,
-    RefusalCode.SHUTTING_DOWN,
-}
-"""Refusals that nobody but an operator can lift: there is no use in connecting again."""
-
-IN_EPOCH = frozenset({Phase.CAPTURE, Phase.TRANSFER, Phase.STAGE, Phase.STAGED, Phase.COMMIT})
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """Identity of one dirty bitmap, the same on every disk.
-
-    :param base: the committed checkpoint that its extents build on.
-    :param epoch: the epoch that it records, or has recorded.
-    """
-
-    generation: Generation
-    base: Base
-    epoch: EpochNumber
-
-
-@dataclass(frozen=True, slots=True)
-class PrimaryState:
-    """All that the primary knows.
-
-    :param one_step: stage and commit by one durable write (interval mode); else a toolstack says when to commit.
-    :param highest: the highest epoch number in use, here or on the secondary.
-    :param recording: the bitmap that records now.
-    :param finished: the bitmap of the uncommitted epoch.
-    :param linked: the handshake of the present link is done.
-    :param synced: a full sync was flushed on this link and is not committed yet.
-    :param stopping: the machine ends as soon as nothing is under way.
-    :param hurry: it has waited long enough for that: whatever is under way ends without an answer.
-    :param refused: the secondary has refused the epoch under way and ignores the rest of it.
-    :param refusal: the secondary has refused this pair for good; the machine ends as soon as its epoch is merged back.
-    :param failures: epochs lost in a row while the link was up.
-    :param reason: why the VM is not protected; empty while it is.
-    """
-
-    pair: PairName
-    instance: InstanceId
-    disks: tuple[DiskSpec, ...]
-    session: int = 0
-    one_step: bool = True
-    allow_full_resync: bool = False
-    phase: Phase = Phase.STARTING
-    generation: Generation | None = None
-    committed: Base = None
-    captured: Base = None
-    staged: Base = None
-    highest: int = 0
-    recording: Recording | None = None
-    finished: Recording | None = None
-    linked: bool = False
-    synced: bool = False
-    protected: bool = False
-    stopping: bool = False
-    hurry: bool = False
-    refused: bool = False
-    refusal: m.Goodbye | None = None
-    failures: int = 0
-    reason: str = "not started yet"
-
-
-# --- events ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Attached:
-    """The VM's graph is ours to use.
-
-    :param found: for each disk, the bitmaps of this pair that were found on its node.
-    """
-
-    found: tuple[tuple[Recording, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LinkUp:
-    """Hellos were exchanged.
-
-    :param generation: a new one, for the case that a full sync has to begin.
-    """
-
-    ours: m.Hello
-    theirs: m.Hello
-    generation: Generation
-
-
-@dataclass(frozen=True, slots=True)
-class LinkRefused:
-    """The secondary said goodbye instead of hello."""
-
-    goodbye: m.Goodbye
-
-
-@dataclass(frozen=True, slots=True)
-class LinkDown:
-    """The link is gone."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class FromPeer:
-    """The secondary said something."""
-
-    message: m.Message
-
-
-@dataclass(frozen=True, slots=True)
-class TrackingStarted:
-    """Work done: the bitmap records on every disk."""
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """Work done: one recording bitmap has taken over all others."""
-
-
-@dataclass(frozen=True, slots=True)
-class SyncCopied:
-    """Work done: the live disks were read to their ends and everything was handed to the link."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointDue:
-    """It is time for the next checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """Work done: the checkpoint is captured, the VM runs again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Transferred:
-    """Work done: all extents were handed to the link, the filter is out."""
-
-    extents: int
-    payload: int
-    digest: int
-
-
-@dataclass(frozen=True, slots=True)
-class CommitDue:
-    """The toolstack has the memory of this checkpoint on the backup."""
-
-    epoch: EpochNumber
-
-
-@dataclass(frozen=True, slots=True)
-class BitmapRemoved:
-    """Work done: the committed epoch's bitmap is gone."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkFailed:
-    """The work under way failed or was cancelled; nothing of ours is in the guest's way.
-
-    :param fatal: the bitmaps are not known to be whole; only a restart, which looks again, can go on.
-    """
-
-    reason: str
-    fatal: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequested:
-    """Somebody asked the controller to stop: finish what is under way."""
-
-
-@dataclass(frozen=True, slots=True)
-class StopDeadline:
-    """What was under way took too long: cancel it."""
-
-
-Event = (
-    Attached
-    | LinkUp
-    | LinkRefused
-    | LinkDown
-    | FromPeer
-    | TrackingStarted
-    | Merged
-    | SyncCopied
-    | CheckpointDue
-    | Captured
-    | Transferred
-    | CommitDue
-    | BitmapRemoved
-    | WorkFailed
-    | StopRequested
-    | StopDeadline
+from qemu_remus.core.primary_model import (
+    ANSWERING,
+    EPOCHS_AHEAD,
+    IN_EPOCH,
+    LASTING,
+    SYNCING,
+    WORKING,
+    Doubt,
+    Found,
+    Handover,
+    LeftOut,
+    Opened,
+    Phase,
+    PrimaryState,
+    Recording,
+    Resize,
+    ResizeDropped,
+    Switch,
+    SwitchStage,
+    Wish,
 )
+from qemu_remus.core.primary_questions import base_of, hello, reach_of, replication
 
-
-# --- effects ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    """Reach the secondary and exchange hellos; its end is ``LinkUp``, or ``LinkRefused`` for each attempt that was.
-
-    With a back-off that grows until an epoch is committed: a link can come up again and again and lead nowhere.
-    Nothing of an earlier link may be reported once ``LinkUp`` was.
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class Disconnect:
-    """Say goodbye and close the link; it need not be reported as down."""
-
-    code: RefusalCode
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Hand a message to the link."""
-
-    message: m.Message
-
-
-@dataclass(frozen=True, slots=True)
-class SaveState:
-    """Make generation, committed checkpoint and highest epoch durable."""
-
-
-@dataclass(frozen=True, slots=True)
-class StartTracking:
-    """Work: a new recording bitmap on every disk."""
-
-    recording: Recording
-
-
-@dataclass(frozen=True, slots=True)
-class MergeBack:
-    """Work: take what is left of a checkpoint out of the graph, then let one new recording bitmap take over the old
-    ones, of which some may not exist on some disks."""
-
-    old: tuple[Recording, ...]
-    into: Recording
-
-
-@dataclass(frozen=True, slots=True)
-class CopyLive:
-    """Work: read the live disks and send them.
-
-    :param fresh: for each disk: zeroes need not be sent.
-    """
-
-    fresh: tuple[bool, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Let ``CheckpointDue`` happen: at the next interval, or after a back-off that grows with the failures in a row."""
-
-    failures: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Capture:
-    """Work: the paused part of a checkpoint."""
-
-    finished: Recording
-    following: Recording
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """Work: send the epoch's extents and take the filter out."""
-
-    finished: Recording
-
-
-@dataclass(frozen=True, slots=True)
-class RemoveBitmap:
-    """Work: its epoch is committed."""
-
-    recording: Recording
-
-
-@dataclass(frozen=True, slots=True)
-class CancelWork:
-    """End the work under way; its end is ``WorkFailed`` (or its success, if that was quicker)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """The machine has ended.
-
-    :param refusal: the two sides do not replicate.
-    :param goodbye: the secondary refused.
-    :param reason: why, where it is neither a refusal nor because somebody asked.
-    """
-
-    refusal: Refusal | None = None
-    goodbye: m.Goodbye | None = None
-    reason: str = ""
-
-
-Effect = (
-    Connect
-    | Disconnect
-    | Send
-    | SaveState
-    | StartTracking
-    | MergeBack
-    | CopyLive
-    | Schedule
-    | Capture
-    | Transfer
-    | RemoveBitmap
-    | CancelWork
-    | Stop
-)
-
-Step = tuple[PrimaryState, tuple[Effect, ...]]
-
-
-# --- questions -------------------------------------------------------------------------------------------------------
-
-
-def hello(state: PrimaryState) -> m.Hello:
-    """The hello of the next link."""
-    recording = state.recording
-    base = recording.base if recording is not None and recording.generation == state.generation else None
-    return m.Hello(
-        pair=state.pair,
-        role=Role.PRIMARY,
-        instance=state.instance,
-        session=state.session,
-        generation=state.generation,
-        disks=tuple(replace(disk, base=base) for disk in state.disks),
-        committed=state.committed,
-        staged=None,
-        highest_epoch=state.highest,
-        disk_state=DiskState.UP_TO_DATE,
-    )
-
-
-def replication(state: PrimaryState) -> Replication:
-    """The VM's protection, as reports name it."""
-    if state.phase in {Phase.STARTING, Phase.ADOPTING, Phase.STOPPED}:
-        return Replication.OFF
-    if state.phase in SYNCING or state.synced:
-        return Replication.INITIAL_SYNC
-    if not state.linked or state.failures:
-        return Replication.DEGRADED if state.committed is not None else Replication.OFF
-    return Replication.PROTECTED if state.protected else Replication.RESYNC
-
-
-# --- the machine -----------------------------------------------------------------------------------------------------
+__all__ = [
+    "DisksChanged",
+    "LeftOut",
+    "Resize",
+    "ResizeDropped",
+    "Survey",
+    "Surveyed",
+    "EPOCHS_AHEAD",
+    "CopiedAhead",
+    "CopyAhead",
+    "Found",
+    "InterruptSlice",
+    "MakeWay",
+    "Opened",
+    "ScheduleVerify",
+    "SliceVerified",
+    "VerifyAnswered",
+    "VerifyCancelled",
+    "VerifyDue",
+    "VerifyRequested",
+    "VerifySlice",
+    "base_of",
+    "reach_of",
+    "ANSWERING",
+    "AbortDue",
+    "Doubt",
+    "NotCaptured",
+    "Wish",
+    "Attached",
+    "BitmapRemoved",
+    "CancelWork",
+    "Capture",
+    "Captured",
+    "CheckpointDue",
+    "CommitDue",
+    "Connect",
+    "CopyLive",
+    "Disconnect",
+    "Effect",
+    "Event",
+    "FromPeer",
+    "IN_EPOCH",
+    "LASTING",
+    "LinkDown",
+    "LinkRefused",
+    "LinkUp",
+    "MergeBack",
+    "Merged",
+    "Phase",
+    "PrimaryState",
+    "Recording",
+    "RemoveBitmaps",
+    "SYNCING",
+    "SaveState",
+    "Schedule",
+    "Send",
+    "StartTracking",
+    "Step",
+    "Stop",
+    "StopDeadline",
+    "StopRequested",
+    "SyncCopied",
+    "TrackingStarted",
+    "Transfer",
+    "Transferred",
+    "WORKING",
+    "WorkFailed",
+    "Handover",
+    "Held",
+    "Hold",
+    "Resume",
+    "Stand",
+    "Standing",
+    "Switch",
+    "SwitchReply",
+    "SwitchRequested",
+    "SwitchStage",
+    "SwitchTimeUp",
+    "hello",
+    "replication",
+    "step",
+]
 
 
 def step(state: PrimaryState, event: Event) -> Step:
@@ -442,281 +207,349 @@ def _on(event: object, state: PrimaryState) -> Step:
     raise InternalError(f"the primary knows no event {event!r}")
 
 
-def _expect(state: PrimaryState, event: object, *phases: Phase) -> None:
-    if state.phase not in phases:
-        raise InternalError(f"{type(event).__name__} cannot happen in phase {state.phase.name}")
+@_on.register
+def _(event: DisksChanged, state: PrimaryState) -> Step:
+    return turns.to_be_surveyed(replace(state, stale=True))
 
 
-def _next_epoch(state: PrimaryState) -> EpochNumber:
-    return EpochNumber(state.highest + 1)
+@_on.register
+def _(event: Resize, state: PrimaryState) -> Step:
+    return turns.to_be_surveyed(replace(state, resizes=(*state.resizes, event)))
 
 
-def _oldest(recordings: tuple[Recording, ...]) -> Base:
-    """The oldest base that holds for a bitmap that takes over all of these: bitmaps of one disk and one history.
-
-    Beside a bitmap with base "none" stands one that began at the checkpoint that ends it.  If that checkpoint was
-    committed after all, the union builds on it; if not, no commit is there to build on, and nobody can mistake it.
-    """
-    return min((recording.base for recording in recordings if recording.base is not None), default=None)
+@_on.register
+def _(event: ResizeDropped, state: PrimaryState) -> Step:
+    return replace(state, resizes=tuple(one for one in state.resizes if one.number != event.number)), ()
 
 
-def _common_base(found: tuple[tuple[Recording, ...], ...]) -> Base:
-    """The base that holds on every disk, from the bitmaps of one generation on each of them: the newest of theirs."""
-    bases = [_oldest(recordings) for recordings in found]
-    known = [base for base in bases if base is not None]
-    return max(known) if known and len(known) == len(bases) else None
+@_on.register
+def _(event: Surveyed, state: PrimaryState) -> Step:
+    ask.expect(state, event, Phase.SURVEY)
+    if event.changed:
+        return turns.follow_disks(event, state)
+    if state.finished is not None or state.ahead is not None or state.opened is not None:
+        return turns.lost(state, state.reason)
+    if disks.untidy(state, event.found):
+        # Work on the bitmaps had failed half-way.
+        return turns.follow_disks(replace(event, news=state.reason or disks.CHANGED), state)
+    return turns.idle(state)
 
 
-def _take_over(state: PrimaryState, old: tuple[Recording, ...], base: Base, generation: Generation) -> Step:
-    into = Recording(generation, base, _next_epoch(state))
-    state = replace(state, recording=into, finished=None, highest=into.epoch)
-    return state, (SaveState(), MergeBack(old, into))
-
-
-def _wait_for_link(state: PrimaryState) -> Step:
-    if state.stopping:
-        return _stopped(state)
-    return replace(state, phase=Phase.WAITING, linked=False, synced=False, protected=False), (Connect(),)
-
-
-def _reconnect(state: PrimaryState, code: RefusalCode, text: str) -> Step:
-    """This link leads nowhere; the next one begins with a handshake."""
-    waiting, effects = _wait_for_link(state)
-    return waiting, (Disconnect(code, text), *effects)
-
-
-def _idle(state: PrimaryState) -> Step:
-    """The graph is clean and one bitmap records: go on with whatever is next."""
-    if not state.linked:
-        return _wait_for_link(state)
-    if state.stopping:
-        return _stopped(state)
-    return replace(state, phase=Phase.IDLE), (Schedule(state.failures),)
-
-
-def _stopped(state: PrimaryState, refusal: Refusal | None = None, reason: str = "") -> Step:
-    text = refusal.diagnosis.what if refusal is not None else reason or "the primary's controller is stopping"
-    code = refusal.code if refusal is not None else RefusalCode.SHUTTING_DOWN
-    goodbye = (Disconnect(code, text),) if state.linked or refusal is not None else ()
-    ended = replace(state, phase=Phase.STOPPED, linked=False, protected=False, reason=text)
-    return ended, (*goodbye, SaveState(), Stop(refusal, state.refusal, reason))
-
-
-def _merge(state: PrimaryState, reason: str, *, count: bool = True) -> Step:
-    """The epoch failed: its bitmap goes back into a recording one that keeps the older base."""
-    assert state.recording is not None
-    old = (state.finished, state.recording) if state.finished is not None else (state.recording,)
-    failures = state.failures + 1 if count else state.failures
-    # On this link the next epoch can still complete the full sync; no later link takes it up.
-    unfinished = state.synced and state.linked and not state.stopping
-    base = None if unfinished and any(recording.base is None for recording in old) else _oldest(old)
-    generation = state.recording.generation
-    state = replace(state, phase=Phase.MERGE, failures=failures, protected=False, reason=reason)
-    return _take_over(state, old, base, generation)
+@_on.register
+def _(event: CopiedAhead, state: PrimaryState) -> Step:
+    ask.expect(state, event, Phase.AHEAD)
+    if not state.linked or state.refused or state.stopping:
+        return turns.merge(state, state.reason, count=state.linked and state.refused)
+    return turns.idle(replace(state, opened=event.opened))
 
 
 @_on.register
 def _(event: Attached, state: PrimaryState) -> Step:
-    _expect(state, event, Phase.STARTING)
-    everywhere = tuple(dict.fromkeys(recording for found in event.found for recording in found))
+    ask.expect(state, event, Phase.STARTING)
+    state = replace(state, reach=(None,) * len(state.disks))
+    everywhere = tuple(dict.fromkeys(one.recording for found in event.found for one in found))
     if not everywhere:
-        return _wait_for_link(replace(state, reason="not connected to the secondary yet"))
+        return turns.wait_for_link(replace(state, reason="not connected to the secondary yet"))
     generations = {recording.generation for recording in everywhere}
-    generation = state.generation or (generations.pop() if len(generations) == 1 else None)
-    # A disk without a bitmap of this generation has changes that nobody recorded: it has no base.
-    base = _common_base(tuple(tuple(r for r in found if r.generation == generation) for found in event.found))
-    generation = generation or everywhere[0].generation
+    # Without a memory of our own, only whole chains tell how far the epochs' numbers have come.
+    only = generations.pop() if len(generations) == 1 else None
+    whole = all(ask.chain_of(found, only) for found in event.found)
+    generation = state.generation or (only if whole else None)
     highest = max(state.highest, *(recording.epoch for recording in everywhere))
     state = replace(
         state,
         phase=Phase.ADOPTING,
-        generation=state.generation or generation,
+        generation=generation,
         highest=highest,
         reason="taking over what an earlier controller has tracked",
     )
-    return _take_over(state, everywhere, base, generation)
+    return turns.take_over(state, everywhere, generation or everywhere[0].generation)
 
 
 @_on.register
 def _(event: LinkUp, state: PrimaryState) -> Step:
-    _expect(state, event, Phase.WAITING)
+    if state.calling and state.phase in {Phase.SURVEY, Phase.ADOPTING}:
+        # Its ask.hello speaks of disks that may be others by now.
+        return state, (Disconnect(RefusalCode.SHUTTING_DOWN, disks.CHANGED), Connect())
+    ask.expect(state, event, Phase.WAITING)
+    state = replace(state, calling=False)
+    if disks.outdated(state, event.ours):
+        return turns.reconnect(state, RefusalCode.SHUTTING_DOWN, disks.CHANGED)
     verdict = decide(event.ours, event.theirs)
-    state = replace(state, highest=max(state.highest, event.theirs.highest_epoch))
+    highest = max(state.highest, event.theirs.highest_epoch)
+    bulky = event.dirty_bytes > turns.COPY_AHEAD_BYTES
+    state = replace(state, highest=highest, spare=event.generation, bulky=bulky, crowded=False)
+    if isinstance(verdict, NoPlace):
+        state = disks.leave_out(state, verdict.disks, verdict.diagnosis.what, ask=True)
+        return turns.reconnect(replace(state, stale=True), verdict.code, verdict.diagnosis.what)
     if isinstance(verdict, Incremental):
+        placed = asked_for(event.ours, event.theirs)
+        if placed:
+            state = disks.take_in(state, placed)
+            return turns.reconnect(state, RefusalCode.SHUTTING_DOWN, disks.CHANGED)
+        state = disks.compared(state, verdict.changes)
         # The secondary may have committed an epoch whose answer was lost; what it holds is the truth.
         state = replace(state, linked=True, committed=event.theirs.committed, reason="sending what has changed")
-        idle, effects = _idle(state)
-        return idle, (SaveState(), *effects)
+        return turns.settle_doubt(state, event.theirs.staged)
+    changes = find_changes(event.ours, event.theirs)
+    if isinstance(verdict, InitialSync) and turns.first_is_staged(state, event.theirs) and changes is not None:
+        # It has the disks of the link on which it was staged, and what was gained since has to be compared.
+        state = disks.compared(state, changes)
+        return turns.settle_doubt(replace(state, linked=True, reason=turns.FIRST_COPY), event.theirs.staged)
+    if isinstance(verdict, InitialSync) and turns.may_go_on(state, event.theirs):
+        generation = state.generation
+        assert generation is not None
+        # An epoch that was in doubt is not there: it is lost.
+        state = replace(
+            state, linked=True, phase=Phase.SYNC_RESUME, protected=False, doubt=None, reason=turns.FIRST_COPY
+        )
+        return state, (Send(m.SyncResume(generation, state.disks)),)
     if isinstance(verdict, InitialSync) or (isinstance(verdict, NeedsFullSync) and state.allow_full_resync):
-        return _begin_sync(replace(state, linked=True), event.generation)
+        return turns.begin_sync(replace(state, linked=True), event.generation)
     if verdict.code in LASTING:
-        return _stopped(state, verdict)
+        return turns.stopped(state, verdict)
     text = verdict.diagnosis.what
-    return _reconnect(replace(state, reason=text), verdict.code, text)
+    return turns.reconnect(replace(state, reason=text), verdict.code, text)
 
 
-def _begin_sync(state: PrimaryState, generation: Generation) -> Step:
-    """Every full sync is a new generation, so that nothing older in a journal or a bitmap can be taken for its own.
-
-    It becomes the pair's with the secondary's answer: until then the secondary may still hold a checkpoint of the old
-    one, and a primary that named another would be a stranger to it.
-    """
-    old = state.recording
-    state = replace(state, phase=Phase.RENEWING, protected=False, reason="the disks are being copied")
-    if old is not None:
-        return _take_over(state, (old,), None, generation)
-    recording = Recording(generation, None, _next_epoch(state))
-    state = replace(state, recording=recording, highest=recording.epoch)
-    return state, (SaveState(), StartTracking(recording))
+_STOPPING = "the primary's controller is stopping"
 
 
 @_on.register
 def _(event: LinkRefused, state: PrimaryState) -> Step:
     state = replace(state, reason=event.goodbye.text)
     if state.phase is Phase.WAITING and event.goodbye.code in LASTING:
-        return _stopped(replace(state, refusal=event.goodbye))
+        return turns.stopped(replace(state, refusal=event.goodbye))
     return state, ()
 
 
 @_on.register
 def _(event: LinkDown, state: PrimaryState) -> Step:
-    if not state.linked:
-        return state, ()
-    state = replace(state, linked=False, synced=False, protected=False, reason=event.reason)
-    if state.phase in WORKING:
-        # Work that needs the link fails by itself; it may hang in QEMU or in a read, so it is told as well.
-        cancel = state.phase in {Phase.SYNC_COPY, Phase.TRANSFER}
-        return state, (CancelWork(),) if cancel else ()
-    if state.phase in {Phase.STAGE, Phase.STAGED, Phase.COMMIT}:
-        return _merge(state, event.reason, count=False)
-    return _wait_for_link(state)
+    return turns.down(state, event.reason)
 
 
 @_on.register
 def _(event: TrackingStarted, state: PrimaryState) -> Step:
-    _expect(state, event, Phase.RENEWING)
-    return _tracking(state)
+    ask.expect(state, event, Phase.RENEWING)
+    return turns.tracking(state)
 
 
 @_on.register
 def _(event: Merged, state: PrimaryState) -> Step:
-    _expect(state, event, Phase.ADOPTING, Phase.RENEWING, Phase.MERGE)
+    ask.expect(state, event, Phase.ADOPTING, Phase.RENEWING, Phase.MERGE)
     if state.phase is Phase.RENEWING:
-        return _tracking(state)
+        return turns.tracking(replace(state, recording=event.into))
+    generation = event.into.generation
+    reach = tuple(ask.reach_of(found, generation) for found in event.found)
+    since = event.into if all(ask.has_all_since(found, state.since) for found in event.found) else None
+    state = replace(state, recording=event.into, reach=(None,) * len(reach) if state.synced else reach, since=since)
+    whole = all(ask.reaches_the_copy(found, generation) for found in event.found)
+    if state.synced and state.linked and not whole and since is None:
+        # What the copy missed is not known any more.
+        return turns.reconnect(replace(state, reason=turns.FIRST_COPY), RefusalCode.SHUTTING_DOWN, turns.FIRST_COPY)
     if state.phase is Phase.ADOPTING:
-        return _wait_for_link(replace(state, reason="not connected to the secondary yet"))
-    return _idle(state)
-
-
-def _tracking(state: PrimaryState) -> Step:
-    if not state.linked or state.stopping:
-        return _wait_for_link(state)
-    assert state.recording is not None
-    return replace(state, phase=Phase.SYNC_BEGIN), (Send(m.SyncBegin(state.recording.generation, state.disks)),)
+        return turns.wait_for_link(replace(state, reason=state.news or "not connected to the secondary yet"))
+    if state.linked and state.failures and turns.lags(state) and not turns.may_begin_anew(state):
+        # It would fail again at once; the next link comes after a while.
+        return turns.reconnect(state, RefusalCode.SHUTTING_DOWN, state.reason)
+    return turns.idle(state)
 
 
 @_on.register
 def _(event: SyncCopied, state: PrimaryState) -> Step:
-    _expect(state, event, Phase.SYNC_COPY)
+    ask.expect(state, event, Phase.SYNC_COPY)
     if not state.linked or state.stopping:
-        return _wait_for_link(state)
-    return replace(state, phase=Phase.SYNC_FLUSH), (Send(m.SyncFlush(1)),)
+        return turns.wait_for_link(state)
+    return replace(state, phase=Phase.SYNC_FLUSH), (Send(m.SyncFlush(turns.whole(state))),)
 
 
 @_on.register
 def _(event: CheckpointDue, state: PrimaryState) -> Step:
-    if state.phase is not Phase.IDLE:
-        # A timer of a link that is gone.
+    if state.phase is Phase.VERIFY:
+        return replace(state, due=True), (InterruptSlice(patient=True),)
+    if state.phase is not Phase.IDLE or state.doubt is not None:
+        # A timer of a link that is gone; or a toolstack that has to decide about another epoch first.
         return state, ()
     finished = state.recording
     assert finished is not None
-    following = Recording(finished.generation, finished.epoch, _next_epoch(state))
+    following = Recording(finished.generation, finished.epoch, ask.next_epoch(state))
     state = replace(
-        state, phase=Phase.CAPTURE, finished=finished, recording=following, highest=following.epoch, refused=False
+        state,
+        phase=Phase.CAPTURE,
+        finished=finished,
+        recording=following,
+        highest=following.epoch,
+        refused=False,
+        aborted=False,
+        due=False,
+        making_way=False,
+        hurried=False,
     )
-    return state, (Capture(finished, following),)
+    return state, (Capture(finished, following, event.pause),)
+
+
+@_on.register
+def _(event: VerifyRequested, state: PrimaryState) -> Step:
+    return verify.requested(state, event)
+
+
+@_on.register
+def _(event: VerifyCancelled, state: PrimaryState) -> Step:
+    return verify.cancelled(state, event)
+
+
+@_on.register
+def _(event: VerifyDue, state: PrimaryState) -> Step:
+    return verify.due(state)
+
+
+@_on.register
+def _(event: MakeWay, state: PrimaryState) -> Step:
+    return verify.make_way(state, event)
+
+
+@_on.register
+def _(event: SliceVerified, state: PrimaryState) -> Step:
+    ask.expect(state, event, Phase.VERIFY)
+    state = verify.verified(state, event)
+    if not state.linked or state.refused or state.stopping:
+        return turns.merge(state, state.reason or _STOPPING, count=state.linked and state.refused)
+    if state.due:
+        return _on(CheckpointDue(), replace(state, phase=Phase.IDLE, due=False))
+    return turns.idle(state)
+
+
+@_on.register
+def _(event: NotCaptured, state: PrimaryState) -> Step:
+    ask.expect(state, event, Phase.CAPTURE)
+    # The number that was set aside for the epoch after this one is free again.
+    state = replace(state, recording=state.finished, finished=None, highest=state.highest - 1)
+    if state.opened is not None and (not state.linked or state.refused or state.stopping):
+        # Meanwhile the open epoch has ended.
+        return turns.merge(state, state.reason, count=state.linked and state.refused)
+    return turns.idle(state)
 
 
 @_on.register
 def _(event: Captured, state: PrimaryState) -> Step:
-    _expect(state, event, Phase.CAPTURE)
+    ask.expect(state, event, Phase.CAPTURE)
     finished = state.finished
     assert finished is not None
     state = replace(state, captured=finished.epoch)
-    if not state.linked or state.hurry:
-        return _merge(state, state.reason, count=False)
-    begin = Send(m.EpochBegin(finished.epoch, finished.base))
-    return replace(state, phase=Phase.TRANSFER), (begin, Transfer(finished))
+    if not state.linked or state.hurry or state.refused:
+        return turns.merge(state, state.reason, count=state.linked and state.refused)
+    begin: tuple[Effect, ...] = ()
+    if state.opened is None:
+        begin = (Send(m.EpochBegin(finished.epoch, None if state.synced else state.committed)),)
+    opened = state.opened or Opened()
+    state = replace(state, phase=Phase.TRANSFER, opened=opened)
+    if event.changed:
+        return state, (*begin, Transfer(finished, opened))
+    ended, effects = _on(Transferred(opened), state)
+    return ended, (*begin, *effects)
 
 
 @_on.register
 def _(event: Transferred, state: PrimaryState) -> Step:
-    _expect(state, event, Phase.TRANSFER)
+    ask.expect(state, event, Phase.TRANSFER)
     if not state.linked or state.refused:
-        return _merge(state, state.reason, count=state.linked)
+        return turns.merge(state, state.reason, count=state.linked and not state.aborted)
     assert state.finished is not None
-    if state.hurry:
-        merging, effects = _merge(state, state.reason, count=False)
+    if state.hurry or state.aborted:
+        merging, effects = turns.merge(state, state.reason, count=False)
         return merging, (Send(m.AbortEpoch(state.finished.epoch)), *effects)
-    end = m.EpochEnd(state.finished.epoch, event.extents, event.payload, event.digest, state.one_step)
+    opened = event.opened
+    end = m.EpochEnd(state.finished.epoch, opened.extents, opened.payload, opened.digest, state.one_step)
     return replace(state, phase=Phase.STAGE), (Send(end),)
 
 
 @_on.register
 def _(event: CommitDue, state: PrimaryState) -> Step:
-    if state.phase is not Phase.STAGED or state.finished is None or state.finished.epoch != event.epoch:
+    if state.phase is Phase.STAGED and state.finished is not None and state.finished.epoch == event.epoch:
+        return replace(state, phase=Phase.COMMIT), (Send(m.CommitEpoch(event.epoch)),)
+    doubt = state.doubt
+    if doubt is None or doubt.epoch != event.epoch:
         # The epoch was lost while the toolstack was about to say so.
         return state, ()
-    return replace(state, phase=Phase.COMMIT), (Send(m.CommitEpoch(event.epoch)),)
+    if state.phase is Phase.IDLE:
+        return turns.resolve(state, Wish.COMMIT)
+    return replace(state, doubt=replace(doubt, wish=Wish.COMMIT)), ()
+
+
+@_on.register
+def _(event: AbortDue, state: PrimaryState) -> Step:
+    finished, doubt = state.finished, state.doubt
+    if finished is not None and finished.epoch == event.epoch:
+        if state.phase is Phase.TRANSFER:
+            return replace(state, aborted=True, reason="the toolstack dropped the checkpoint"), (CancelWork(),)
+        if state.phase in {Phase.STAGE, Phase.STAGED}:
+            state = replace(state, phase=Phase.ABORT, aborted=True, reason="the toolstack dropped the checkpoint")
+            return state, (Send(m.AbortEpoch(event.epoch)),)
+        return state, ()
+    if doubt is None or doubt.epoch != event.epoch or doubt.wish is Wish.COMMIT:
+        return state, ()
+    if state.phase is Phase.IDLE:
+        return turns.resolve(state, Wish.ABORT)
+    return replace(state, doubt=replace(doubt, wish=Wish.ABORT)), ()
 
 
 @_on.register
 def _(event: BitmapRemoved, state: PrimaryState) -> Step:
-    _expect(state, event, Phase.RETIRE)
-    return _idle(state)
+    ask.expect(state, event, Phase.RETIRE)
+    return turns.idle(state)
 
 
 @_on.register
 def _(event: WorkFailed, state: PrimaryState) -> Step:
-    _expect(state, event, *WORKING)
-    if event.fatal or state.phase in {Phase.ADOPTING, Phase.RENEWING, Phase.MERGE, Phase.RETIRE}:
-        return _stopped(state, reason=event.reason)
+    ask.expect(state, event, *WORKING)
+    if event.fatal:
+        return turns.stopped(state, reason=event.reason)
+    if (event.changed or disks.to_be_surveyed(state)) and state.phase is not Phase.SURVEY and not state.stopping:
+        said = event.changed and not state.refused and not state.aborted
+        protected = state.protected and state.aborted
+        return disks.survey(replace(state, reason=event.reason if said else state.reason, protected=protected))
+    if state.phase in {Phase.ADOPTING, Phase.RENEWING, Phase.MERGE, Phase.RETIRE, Phase.SURVEY}:
+        return turns.stopped(state, reason=event.reason)
     if state.phase is Phase.SYNC_COPY:
         if not state.linked or state.stopping:
-            return _wait_for_link(state)
-        return _reconnect(replace(state, reason=event.reason), RefusalCode.SHUTTING_DOWN, event.reason)
-    abort: tuple[Effect, ...] = ()
-    if state.phase is Phase.TRANSFER and state.linked and not state.refused:
-        assert state.finished is not None
-        abort = (Send(m.AbortEpoch(state.finished.epoch)),)
-    reason = event.reason if state.linked and not state.refused else state.reason
-    merging, effects = _merge(state, reason, count=state.linked)
-    return merging, (*abort, *effects)
+            return turns.wait_for_link(state)
+        if not event.by_link:
+            # Perhaps a disk has lost its bitmap: what is there is not built upon.
+            state = replace(state, since=None)
+        return turns.reconnect(replace(state, reason=event.reason), RefusalCode.SHUTTING_DOWN, event.reason)
+    return turns.lost(state, event.reason)
 
 
 @_on.register
 def _(event: StopRequested, state: PrimaryState) -> Step:
     state = replace(state, stopping=True)
-    if state.phase in {Phase.WAITING, Phase.IDLE, Phase.STARTING, Phase.SYNC_BEGIN, Phase.SYNC_FLUSH}:
-        return _stopped(state)
-    if state.phase is Phase.SYNC_COPY:
+    if state.phase is Phase.IDLE and state.opened is not None:
+        return turns.merge(state, "the primary's controller is stopping", count=False)
+    if state.phase in _WITHOUT_WORK:
+        return turns.stopped(state)
+    if state.phase in {Phase.SYNC_COPY, Phase.AHEAD, Phase.VERIFY}:
         return state, (CancelWork(),)
     if state.phase is Phase.STAGED:
-        return _leave_staged(state)
+        return turns.leave_staged(state)
     return state, ()
 
 
-def _leave_staged(state: PrimaryState) -> Step:
-    """Stop while the toolstack has still to decide: it may have completed this memory, so nothing is aborted."""
-    return _merge(state, "the primary's controller is stopping", count=False)
+_WITHOUT_WORK = frozenset(
+    {Phase.WAITING, Phase.IDLE, Phase.STARTING, Phase.SYNC_BEGIN, Phase.SYNC_RESUME, Phase.SYNC_FLUSH}
+)
 
 
 @_on.register
 def _(event: StopDeadline, state: PrimaryState) -> Step:
     state = replace(state, stopping=True, hurry=True)
-    if state.phase in {Phase.STAGE, Phase.COMMIT}:
-        return _merge(state, "the secondary did not answer before the controller had to stop", count=False)
-    if state.phase in {Phase.CAPTURE, Phase.TRANSFER}:
+    if state.phase in ANSWERING:
+        text = "the secondary did not answer before the controller had to stop"
+        return (
+            turns.merge(turns.in_doubt(state), text, count=False)
+            if state.finished is not None
+            else turns.stopped(state)
+        )
+    if state.phase in {Phase.AHEAD, Phase.VERIFY, Phase.CAPTURE, Phase.TRANSFER}:
         return state, (CancelWork(),)
     return state, ()
 
@@ -725,80 +558,4 @@ def _(event: StopDeadline, state: PrimaryState) -> Step:
 def _(event: FromPeer, state: PrimaryState) -> Step:
     if not state.linked:
         return state, ()
-    return _from_peer(event.message, state)
-
-
-@singledispatch
-def _from_peer(message: object, state: PrimaryState) -> Step:
-    """Heartbeats and answers that nobody waits for any more change nothing."""
-    return state, ()
-
-
-@_from_peer.register
-def _(message: m.Goodbye, state: PrimaryState) -> Step:
-    # Where the secondary has no room for the first copy, somebody has to make some.
-    if message.code in LASTING or (message.code is RefusalCode.NO_SPACE and state.phase is Phase.SYNC_BEGIN):
-        state = replace(state, refusal=message, stopping=True)
-    return _on(LinkDown(message.text), state)
-
-
-@_from_peer.register
-def _(message: m.SyncReady, state: PrimaryState) -> Step:
-    if state.phase is not Phase.SYNC_BEGIN:
-        return state, ()
-    assert state.recording is not None
-    state = replace(
-        state, phase=Phase.SYNC_COPY, generation=state.recording.generation, captured=None, staged=None, committed=None
-    )
-    return state, (SaveState(), CopyLive(message.fresh))
-
-
-@_from_peer.register
-def _(message: m.SyncFlushed, state: PrimaryState) -> Step:
-    if state.phase is not Phase.SYNC_FLUSH:
-        return state, ()
-    return _idle(replace(state, synced=True))
-
-
-@_from_peer.register
-def _(message: m.EpochStaged, state: PrimaryState) -> Step:
-    if state.phase is not Phase.STAGE or state.finished is None or message.epoch != state.finished.epoch:
-        return state, ()
-    state = replace(state, phase=Phase.STAGED, staged=message.epoch)
-    if state.stopping:
-        return _leave_staged(state)
-    return state, ()
-
-
-@_from_peer.register
-def _(message: m.Committed, state: PrimaryState) -> Step:
-    finished = state.finished
-    if state.phase not in {Phase.STAGE, Phase.COMMIT} or finished is None or message.epoch != finished.epoch:
-        return state, ()
-    state = replace(
-        state,
-        phase=Phase.RETIRE,
-        staged=message.epoch,
-        committed=message.epoch,
-        finished=None,
-        synced=False,
-        protected=True,
-        failures=0,
-        reason="",
-    )
-    return state, (RemoveBitmap(finished),)
-
-
-@_from_peer.register
-def _(message: m.EpochRefused, state: PrimaryState) -> Step:
-    if state.finished is None or message.epoch != state.finished.epoch:
-        return state, ()
-    if message.code is RefusalCode.BASE_TOO_NEW:
-        # One side is wrong about the other, and every later epoch would meet the same: the handshake finds out.
-        down, effects = _on(LinkDown(message.text), state)
-        return down, (Disconnect(RefusalCode.BASE_TOO_NEW, message.text), *effects)
-    if state.phase is Phase.TRANSFER:
-        return replace(state, reason=message.text, refused=True), (CancelWork(),)
-    if state.phase in {Phase.STAGE, Phase.COMMIT}:
-        return _merge(state, message.text)
-    return state, ()
+    return answers.from_peer(event.message, state)

@@ -14,10 +14,21 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from qemu_remus import __version__
-from qemu_remus.core.model import Connection, DiskName, DiskState, EpochNumber, Generation, PairName, Replication, Role
+from qemu_remus.core.model import (
+    Connection,
+    DiskName,
+    DiskStanding,
+    DiskState,
+    EpochNumber,
+    Generation,
+    PairName,
+    Replication,
+    Role,
+)
 from qemu_remus.core.qapi import from_qmp, to_qmp
 
 
@@ -78,19 +89,86 @@ class SyncProgress:
     seconds_left: float | None
 
 
+class VerifyState(StrEnum):
+    """Where a verification stands."""
+
+    RUNNING = "running"
+    SUSPENDED = "suspended"
+    """The VM is not protected at the moment; it goes on when it is again."""
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRange:
+    """A range of a disk.
+
+    :param offset: bytes from the disk's start.
+    :param length: bytes.
+    """
+
+    disk: DiskName
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The last verification of the copy; only on a primary.
+
+    :param number: tells the controller's verifications apart; a later one has a higher one.
+    :param repair: what differs is sent anew.
+    :param done_bytes: that need no further look.
+    :param bytes_per_second: over the last few seconds.
+    :param seconds_left: None while that cannot be said.
+    :param differing_ranges: how many ranges of the copy were found to be other than the VM's disks.
+    :param differing_bytes: in them.
+    :param ranges: the ranges, as they were found; not all of them where ``ranges_truncated``.
+    :param repaired_bytes: sent anew, and committed.
+    :param rewritten_bytes: that could not be compared as the guest wrote them each time; the epochs send them anew.
+    :param reason: why it failed, for a person.
+    :param ended_age_seconds: since it ended; None while it goes on.
+    """
+
+    number: int
+    state: VerifyState
+    repair: bool
+    disks: tuple[DiskName, ...]
+    done_bytes: int
+    total_bytes: int
+    bytes_per_second: float = 0.0
+    seconds_left: float | None = None
+    differing_ranges: int = 0
+    differing_bytes: int = 0
+    ranges: tuple[DiskRange, ...] = ()
+    ranges_truncated: bool = False
+    repaired_bytes: int = 0
+    rewritten_bytes: int = 0
+    reason: str | None = None
+    ended_age_seconds: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class DiskReport:
     """One disk of the pair.
 
     :param size: bytes; None on a secondary that has not been told yet.
     :param node: primary: QEMU's node name of the disk.
-    :param target: secondary: path of the image or device that holds the copy.
+    :param target: secondary: path of the image or device that holds the copy, or URI of the NBD export.
+    :param format: secondary: the target's format: ``raw``, ``nbd``, or one of QEMU's for images.
+    :param reason: why it is not protected, or not at its present size; None where there is nothing to say.
+    :param gone_at: secondary: the first checkpoint that does not have it any more.
     """
 
     name: DiskName
     size: int | None = None
     node: str | None = None
     target: str | None = None
+    format: str | None = None
+    state: DiskStanding = DiskStanding.PROTECTED
+    reason: str | None = None
+    gone_at: EpochNumber | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +211,7 @@ class Report:
     bytes_sent: int = 0
     bytes_received: int = 0
     sync: SyncProgress | None = None
+    verify: VerifyReport | None = None
     disks: tuple[DiskReport, ...] = ()
     failover: FailoverReport | None = None
     version: str = __version__

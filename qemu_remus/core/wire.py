@@ -25,7 +25,8 @@ Then frames follow, one behind the other::
        1  Hello         text pair, role 1 (1 primary, 2 secondary), instance UUID 16, session 8,
                         generation UUID 16 (all zero for none), disks, committed base, staged base, highest epoch 8,
                         disk state 1 (1 inconsistent, 2 consistent, 3 up-to-date, 4 outdated, 5 failed),
-                        history: count 1, then each: generation 16, epoch 8
+                        history: count 1, then each: generation 16, epoch 8,
+                        generation begun 8, checkpoint decided 8 (seconds since 1970, 0 where not known)
        2  Heartbeat     captured base, staged base, committed base, applied base, backlog 8
        3  Goodbye       code text, text
       16  SyncBegin     generation UUID 16, disks
@@ -43,6 +44,15 @@ Then frames follow, one behind the other::
       39  EpochAborted  epoch 8
       40  EpochRefused  epoch 8, code text, text
 
+      48  CompareBlocks disk 2, offset 8, block size 4, digests: 16 each, to the payload's end
+      49  BlocksDiffer  disk 2, offset 8, bitmap: to the payload's end
+
+      50  HandOver      epoch 8, generation UUID 16
+      51  HandedOver    epoch 8, generation UUID 16
+      52  HandoverRefused  epoch 8, code text, text
+      70  SyncResume    generation UUID 16, disks
+      71  SyncResumed   resumed 1 (0 or 1), position 8, count 2, then each: 1 (0 or 1)
+
     names and codes: length 1, then ASCII; text: length 2, then at most 4,096 bytes of UTF-8 without control characters
     but line feed; disks: count 2 (at most 256), then each: name, size in bytes 8, base
 
@@ -56,6 +66,9 @@ Then frames follow, one behind the other::
                     12  8  length in bytes, at least 1; offset + length < 2^63
      12+20*n      data of the entries without "zero", one after the other, to the payload's end
 
+A question about blocks begins at a multiple of the block size, a power of two from 4 KiB to 1 MiB; it has 1 to 1,024
+digests and is about at most 64 MiB.  Digests and bitmaps are :mod:`qemu_remus.core.comparison`'s.
+
 The digest of an epoch is the CRC32C over the payloads of its EpochExtents frames, chained in order, from 0.  A payload
 is a function of its message alone, so that both sides and the journal can compute it.
 """
@@ -66,26 +79,17 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final, NoReturn
-from uuid import UUID
+from typing import Any, Final
 
 import construct as c
 
 from qemu_remus.core import messages as m
+from qemu_remus.core import wire_fields as f
 from qemu_remus.core.checksum import crc32c
-from qemu_remus.core.errors import ConfigError, LocalProtocolError, RefusalCode, RemoteProtocolError, VersionMismatch
+from qemu_remus.core.comparison import blocks_at_once, count_blocks
+from qemu_remus.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError, VersionMismatch
 from qemu_remus.core.extents import Extent
-from qemu_remus.core.model import (
-    Base,
-    DiskSpec,
-    DiskState,
-    EpochNumber,
-    Generation,
-    InstanceId,
-    Role,
-    disk_name,
-    pair_name,
-)
+from qemu_remus.core.model import EpochNumber, InstanceId, pair_name
 
 Buffer = bytes | bytearray | memoryview
 
@@ -98,14 +102,8 @@ CONTROL_LIMIT: Final = 64 << 10
 """Most bytes of the payload of a message without extents."""
 EXTENTS_LIMIT: Final = 16384
 """Most extents in one message."""
-DISKS_LIMIT: Final = 256
-HISTORY_LIMIT: Final = 32
-TEXT_LIMIT: Final = 4096
-"""Most bytes of a text for a person."""
 
 _MAGIC: Final = b"QRMF"
-_NUMBER_LIMIT: Final = (1 << 63) - 1
-_NO_UUID: Final = UUID(int=0)
 
 
 # --- the banner ------------------------------------------------------------------------------------------------------
@@ -152,150 +150,65 @@ def _not_ours(received: bytes | bytearray) -> RemoteProtocolError:
     )
 
 
-# --- layouts of control messages -------------------------------------------------------------------------------------
+# --- control messages ------------------------------------------------------------------------------------------------
 
 
-def clean_text(text: str) -> str:
-    """Make a text for a person fit to travel: no control characters but line feeds, at most 4,096 bytes of UTF-8."""
-    printable = "".join(char if char == "\n" or not _is_control(char) else " " for char in text)
-    return printable.encode("utf-8", "replace")[:TEXT_LIMIT].decode("utf-8", "ignore")
+def _layout(*checks: Callable[[Any], bool], **members: Any) -> Any:
+    """These members, in this order, about all of which the checks must hold."""
+    named = (name / member for name, member in members.items())
+    return c.Struct(*named, *(c.Check(check) for check in checks), c.Terminated)
 
 
-def _is_control(char: str) -> bool:
-    return char < " " or "\x7f" <= char <= "\x9f"
-
-
-def _bad(why: str) -> NoReturn:
-    raise ValueError(why)
-
-
-def _field(layout: Any, decoder: Callable[[Any], Any], encoder: Callable[[Any], Any]) -> Any:
-    return c.ExprAdapter(layout, lambda value, _: decoder(value), lambda value, _: encoder(value))
-
-
-def _number(value: int, least: int = 0) -> int:
-    return value if least <= value <= _NUMBER_LIMIT else _bad(f"a number is {value}")
-
-
-def _read_text(raw: bytes) -> str:
-    text = raw.decode("utf-8")
-    if len(raw) > TEXT_LIMIT or any(char != "\n" and _is_control(char) for char in text):
-        _bad("a text is too long or holds control characters")
-    return text
-
-
-def _read_code(raw: bytes) -> RefusalCode:
-    try:
-        return RefusalCode(raw.decode("ascii"))
-    except ValueError:
-        # A newer release may know more reasons; the text that comes with it says which one it is.
-        return RefusalCode.PROTOCOL
-
-
-def _write_base(base: Base) -> int:
-    return 0 if base is None else _number(base, 1)
-
-
-def _read_disks(entries: list[Any]) -> tuple[DiskSpec, ...]:
-    disks = tuple(DiskSpec(entry.name, entry.size, entry.base) for entry in entries)
-    if len({disk.name for disk in disks}) != len(disks) or len(disks) > DISKS_LIMIT:
-        _bad("there are too many disks, or two of one name")
-    return disks
-
-
-def _write_disks(disks: tuple[DiskSpec, ...]) -> list[dict[str, Any]]:
-    _read_disks(list(disks))
-    return [{"name": disk.name, "size": disk.size, "base": disk.base} for disk in disks]
-
-
-def _name(check: Callable[[str], str]) -> Any:
-    short = c.Prefixed(c.Byte, c.GreedyBytes)
-    return _field(short, lambda raw: check(raw.decode("ascii")), lambda name: check(name).encode("ascii"))
-
-
-def _uuid(kind: Callable[[UUID], Any]) -> Any:
-    return _field(c.Bytes(16), lambda raw: kind(UUID(bytes=raw)), lambda value: value.bytes)
-
-
-def _short(items: Any, limit: int) -> tuple[Any, ...]:
-    return tuple(items) if len(items) <= limit else _bad("a list is too long")
-
-
-_NUMBER: Final = _field(c.Int64ub, _number, _number)
-_EPOCH: Final = _field(c.Int64ub, lambda n: EpochNumber(_number(n, 1)), lambda n: _number(n, 1))
-_BASE: Final = _field(c.Int64ub, lambda n: EpochNumber(_number(n)) if n else None, _write_base)
-_FLAG: Final = c.Mapping(c.Byte, {False: 0, True: 1})
-_GENERATION: Final = _uuid(Generation)
-_OPTIONAL_GENERATION: Final = _field(
-    c.Bytes(16),
-    lambda raw: Generation(UUID(bytes=raw)) if any(raw) else None,
-    lambda value: (value or _NO_UUID).bytes,
-)
-_CODE: Final = _field(c.Prefixed(c.Byte, c.GreedyBytes), _read_code, lambda code: code.value.encode("ascii"))
-_TEXT: Final = _field(c.Prefixed(c.Int16ub, c.GreedyBytes), _read_text, lambda text: clean_text(text).encode())
-_DISKS: Final = _field(
-    c.PrefixedArray(c.Int16ub, c.Struct("name" / _name(disk_name), "size" / _NUMBER, "base" / _BASE)),
-    _read_disks,
-    _write_disks,
-)
-_HISTORY: Final = _field(
-    c.PrefixedArray(c.Byte, c.Sequence(_GENERATION, _EPOCH)),
-    lambda ended: _short([tuple(entry) for entry in ended], HISTORY_LIMIT),
-    lambda ended: ended[-HISTORY_LIMIT:],
-)
-_FRESH: Final = _field(
-    c.PrefixedArray(c.Int16ub, _FLAG),
-    lambda fresh: _short(fresh, DISKS_LIMIT),
-    lambda fresh: _short(fresh, DISKS_LIMIT),
-)
-_ROLE: Final = c.Mapping(c.Byte, {Role.PRIMARY: 1, Role.SECONDARY: 2})
-_DISK_STATE: Final = c.Mapping(
-    c.Byte,
-    {
-        DiskState.INCONSISTENT: 1,
-        DiskState.CONSISTENT: 2,
-        DiskState.UP_TO_DATE: 3,
-        DiskState.OUTDATED: 4,
-        DiskState.FAILED: 5,
-    },
-)
-
-
-def _layout(**members: Any) -> Any:
-    return c.Struct(*(name / member for name, member in members.items()), c.Terminated)
+def _is_question(message: Any) -> bool:
+    """Whether the blocks are where blocks can be, and are few enough."""
+    blocks = count_blocks(message.digests)
+    end = message.offset + blocks * message.block_size
+    return message.offset % message.block_size == 0 and blocks <= blocks_at_once(message.block_size) and end < 2**63
 
 
 _CONTROL: Final[Mapping[type, tuple[int, Any]]] = {
     m.Hello: (
         1,
         _layout(
-            pair=_name(pair_name),
-            role=_ROLE,
-            instance=_uuid(InstanceId),
-            session=_NUMBER,
-            generation=_OPTIONAL_GENERATION,
-            disks=_DISKS,
-            committed=_BASE,
-            staged=_BASE,
-            highest_epoch=_NUMBER,
-            disk_state=_DISK_STATE,
-            history=_HISTORY,
+            pair=f.name(pair_name),
+            role=f.ROLE,
+            instance=f.uuid(InstanceId),
+            session=f.NUMBER,
+            generation=f.OPTIONAL_GENERATION,
+            disks=f.DISKS,
+            committed=f.BASE,
+            staged=f.BASE,
+            highest_epoch=f.NUMBER,
+            disk_state=f.DISK_STATE,
+            history=f.HISTORY,
+            begun=f.NUMBER,
+            decided=f.NUMBER,
         ),
     ),
-    m.Heartbeat: (2, _layout(captured=_BASE, staged=_BASE, committed=_BASE, applied=_BASE, backlog=_NUMBER)),
-    m.Goodbye: (3, _layout(code=_CODE, text=_TEXT)),
-    m.SyncBegin: (16, _layout(generation=_GENERATION, disks=_DISKS)),
-    m.SyncReady: (17, _layout(fresh=_FRESH)),
-    m.SyncFlush: (19, _layout(token=_NUMBER)),
-    m.SyncFlushed: (20, _layout(token=_NUMBER)),
-    m.EpochBegin: (32, _layout(epoch=_EPOCH, base=_BASE)),
-    m.EpochEnd: (34, _layout(epoch=_EPOCH, extents=_NUMBER, payload=_NUMBER, digest=c.Int32ub, commit=_FLAG)),
-    m.EpochStaged: (35, _layout(epoch=_EPOCH)),
-    m.CommitEpoch: (36, _layout(epoch=_EPOCH)),
-    m.Committed: (37, _layout(epoch=_EPOCH)),
-    m.AbortEpoch: (38, _layout(epoch=_EPOCH)),
-    m.EpochAborted: (39, _layout(epoch=_EPOCH)),
-    m.EpochRefused: (40, _layout(epoch=_EPOCH, code=_CODE, text=_TEXT)),
+    m.Heartbeat: (2, _layout(captured=f.BASE, staged=f.BASE, committed=f.BASE, applied=f.BASE, backlog=f.NUMBER)),
+    m.Goodbye: (3, _layout(code=f.CODE, text=f.TEXT)),
+    m.SyncBegin: (16, _layout(generation=f.GENERATION, disks=f.DISKS)),
+    m.SyncReady: (17, _layout(fresh=f.FRESH)),
+    m.SyncResume: (70, _layout(generation=f.GENERATION, disks=f.DISKS)),
+    m.SyncResumed: (71, _layout(resumed=f.FLAG, position=f.NUMBER, fresh=f.FRESH)),
+    m.SyncFlush: (19, _layout(token=f.NUMBER)),
+    m.SyncFlushed: (20, _layout(token=f.NUMBER)),
+    m.EpochBegin: (32, _layout(epoch=f.EPOCH, base=f.BASE)),
+    m.EpochEnd: (34, _layout(epoch=f.EPOCH, extents=f.NUMBER, payload=f.NUMBER, digest=c.Int32ub, commit=f.FLAG)),
+    m.EpochStaged: (35, _layout(epoch=f.EPOCH)),
+    m.CommitEpoch: (36, _layout(epoch=f.EPOCH)),
+    m.Committed: (37, _layout(epoch=f.EPOCH)),
+    m.AbortEpoch: (38, _layout(epoch=f.EPOCH)),
+    m.EpochAborted: (39, _layout(epoch=f.EPOCH)),
+    m.EpochRefused: (40, _layout(epoch=f.EPOCH, code=f.CODE, text=f.TEXT)),
+    m.CompareBlocks: (
+        48,
+        _layout(_is_question, disk=f.DISK, offset=f.NUMBER, block_size=f.BLOCK_SIZE, digests=f.DIGESTS),
+    ),
+    m.BlocksDiffer: (49, _layout(disk=f.DISK, offset=f.NUMBER, differing=f.BITMAP)),
+    m.HandOver: (50, _layout(epoch=f.EPOCH, generation=f.GENERATION)),
+    m.HandedOver: (51, _layout(epoch=f.EPOCH, generation=f.GENERATION)),
+    m.HandoverRefused: (52, _layout(epoch=f.EPOCH, code=f.CODE, text=f.TEXT)),
 }
 _SYNC_EXTENTS: Final = 18
 _EPOCH_EXTENTS: Final = 33
@@ -315,7 +228,7 @@ def _pack_table(message: m.SyncExtents | m.EpochExtents) -> bytes:
     epoch = message.epoch if isinstance(message, m.EpochExtents) else 0
     if len(extents) > EXTENTS_LIMIT:
         raise LocalProtocolError(f"{len(extents)} extents are too many for one message")
-    if isinstance(message, m.EpochExtents) and not 1 <= epoch <= _NUMBER_LIMIT:
+    if isinstance(message, m.EpochExtents) and not 1 <= epoch <= f.NUMBER_LIMIT:
         raise LocalProtocolError(f"{epoch} is no epoch number")
     table = bytearray(_TABLE_HEAD.size + len(extents) * _ENTRY.size)
     _TABLE_HEAD.pack_into(table, 0, epoch, len(extents))
@@ -323,7 +236,7 @@ def _pack_table(message: m.SyncExtents | m.EpochExtents) -> bytes:
     expected = 0
     for extent in extents:
         offset, length = extent.offset, extent.length
-        if not (0 <= extent.disk < DISKS_LIMIT and offset >= 0 and length > 0 and offset + length <= _NUMBER_LIMIT):
+        if not (0 <= extent.disk < f.DISKS_LIMIT and offset >= 0 and length > 0 and offset + length <= f.NUMBER_LIMIT):
             raise LocalProtocolError(f"{extent} cannot be sent")
         _ENTRY.pack_into(table, position, extent.disk, extent.zero, offset, length)
         position += _ENTRY.size
@@ -338,26 +251,26 @@ def _pack_table(message: m.SyncExtents | m.EpochExtents) -> bytes:
 
 def _unpack_extents(kind: int, payload: bytes) -> m.SyncExtents | m.EpochExtents:
     if len(payload) < _TABLE_HEAD.size:
-        _bad("the table is cut off")
+        f.bad("the table is cut off")
     epoch, count = _TABLE_HEAD.unpack_from(payload)
     data_start = _TABLE_HEAD.size + count * _ENTRY.size
     if count > EXTENTS_LIMIT or data_start > len(payload):
-        _bad(f"{count} extents are too many")
+        f.bad(f"{count} extents are too many")
     view = memoryview(payload)
     extents = []
     expected = 0
     for disk, flags, offset, length in _ENTRY.iter_unpack(view[_TABLE_HEAD.size : data_start]):
-        if flags > 1 or disk >= DISKS_LIMIT or length == 0 or offset + length > _NUMBER_LIMIT:
-            _bad(f"an extent is disk {disk}, offset {offset}, length {length}, flags {flags}")
+        if flags > 1 or disk >= f.DISKS_LIMIT or length == 0 or offset + length > f.NUMBER_LIMIT:
+            f.bad(f"an extent is disk {disk}, offset {offset}, length {length}, flags {flags}")
         if not flags:
             expected += length
         extents.append(Extent(disk, offset, length, flags == 1))
     data = view[data_start:]
     if expected != len(data):
-        _bad(f"the extents want {expected} bytes of data, there are {len(data)}")
+        f.bad(f"the extents want {expected} bytes of data, there are {len(data)}")
     if kind == _SYNC_EXTENTS:
-        return m.SyncExtents(tuple(extents), data) if epoch == 0 else _bad("an epoch number where there is none")
-    return m.EpochExtents(EpochNumber(_number(epoch, 1)), tuple(extents), data)
+        return m.SyncExtents(tuple(extents), data) if epoch == 0 else f.bad("an epoch number where there is none")
+    return m.EpochExtents(EpochNumber(f.number(epoch, 1)), tuple(extents), data)
 
 
 def digest_update(digest: int, message: m.EpochExtents) -> int:
@@ -370,17 +283,10 @@ def digest_update(digest: int, message: m.EpochExtents) -> int:
 
 # --- frames ----------------------------------------------------------------------------------------------------------
 
-_HEADER: Final = c.Struct(
-    "magic" / c.Bytes(4),
-    "type" / c.Byte,
-    "flags" / c.Byte,
-    "reserved" / c.Int16ub,
-    "length" / c.Int32ub,
-    "checksum" / c.Int32ub,
-    "sequence" / c.Int64ub,
-).compile()
+# Each message has one, and the other library takes ten times as long for it.
+_HEADER: Final = struct.Struct(">4sBBHIIQ")
 _HEADER_CRC: Final = struct.Struct(">I")
-_CHECKED: Final = 24
+_CHECKED: Final = _HEADER.size
 HEADER_SIZE: Final = _CHECKED + _HEADER_CRC.size
 
 
@@ -424,17 +330,7 @@ def encode(message: m.Message, sequence: int) -> list[Buffer]:
 
 
 def _pack_header(number: int, length: int, checksum: int, sequence: int) -> bytes:
-    head: bytes = _HEADER.build(
-        {
-            "magic": _MAGIC,
-            "type": number,
-            "flags": 0,
-            "reserved": 0,
-            "length": length,
-            "checksum": checksum,
-            "sequence": sequence,
-        }
-    )
+    head = _HEADER.pack(_MAGIC, number, 0, 0, length, checksum, sequence)
     return head + _HEADER_CRC.pack(crc32c(head))
 
 
@@ -447,13 +343,13 @@ def decode_header(raw: bytes) -> FrameHeader:
         raise _broken(f"a frame begins with {raw[:16]!r}")
     if _HEADER_CRC.unpack_from(raw, _CHECKED)[0] != crc32c(raw[:_CHECKED]):
         raise _broken("a frame header's checksum is wrong")
-    head = _HEADER.parse(raw)
-    extents = head.type in (_SYNC_EXTENTS, _EPOCH_EXTENTS)
-    if head.flags or head.reserved or not (extents or head.type in _BY_NUMBER):
-        raise _broken(f"a frame of unknown type {head.type}, flags {head.flags:#x}, {head.reserved:#x}")
-    if head.length > (PAYLOAD_LIMIT if extents else CONTROL_LIMIT):
-        raise _broken(f"a frame of type {head.type} announces {head.length} bytes")
-    return FrameHeader(head.type, head.length, head.checksum, head.sequence)
+    _, kind, flags, reserved, length, checksum, sequence = _HEADER.unpack_from(raw)
+    extents = kind in (_SYNC_EXTENTS, _EPOCH_EXTENTS)
+    if flags or reserved or not (extents or kind in _BY_NUMBER):
+        raise _broken(f"a frame of unknown type {kind}, flags {flags:#x}, {reserved:#x}")
+    if length > (PAYLOAD_LIMIT if extents else CONTROL_LIMIT):
+        raise _broken(f"a frame of type {kind} announces {length} bytes")
+    return FrameHeader(kind, length, checksum, sequence)
 
 
 def decode(header: FrameHeader, payload: bytes) -> m.Message:

@@ -50,6 +50,11 @@ _INFO_EXPORT: Final = 0
 _INFO_BLOCK_SIZE: Final = 3
 
 _FLAG_HAS_FLAGS: Final = 1
+READ_ONLY: Final = 1 << 1
+CAN_FLUSH: Final = 1 << 2
+CAN_WRITE_ZEROES: Final = 1 << 6
+"""Bits of :attr:`ExportInfo.flags`."""
+
 _FLAG_SEND_DF: Final = 1 << 7
 
 _REPLY_LIMIT: Final = 64 * 1024

@@ -5,7 +5,12 @@ their replies occupy in the server's socket buffer at worst never exceeds :data:
 buffer, the server never waits for us to read, however long we hang; QEMU would otherwise wait in its next drain, and
 the guest with it. No sockets, trio or clock may enter.
 
-Structured replies only; formats from the NBD protocol document, all numbers big-endian::
+Of writes nothing is promised before a flush is answered that was asked for after they were: a server may answer in any
+order, and a flush covers only what it has answered by then. Writes that overlap must not be on their way together; that
+is on the caller.
+
+Structured replies, and simple ones to what asks for no data; formats from the NBD protocol document, all numbers
+big-endian::
 
     request  0  4  0x25609513      reply chunk  0  4  0x668e33ef
              4  2  flags                        4  2  flags (bit 0: the last one of its reply)
@@ -18,6 +23,7 @@ Structured replies only; formats from the NBD protocol document, all numbers big
     of block status  0  4  context                                8  4  length of the hole
                      then 4 length, 4 flags, ...       of error   0  4  error number
                                                                   4  2  length of a text, the text, ...
+    simple reply  0  4  0x67446698, 4 error number, 8 cookie
 """
 
 from __future__ import annotations
@@ -53,6 +59,7 @@ def dirty_context(bitmap: str) -> str:
 
 _REQUEST: Final = struct.Struct(">IHHQQI")
 _CHUNK: Final = struct.Struct(">IHHQI")
+_SIMPLE: Final = struct.Struct(">IIQ")
 _OFFSET: Final = struct.Struct(">Q")
 _HOLE: Final = struct.Struct(">QI")
 _ERROR: Final = struct.Struct(">IH")
@@ -64,8 +71,12 @@ _SIMPLE_MAGIC: Final = 0x67446698
 _CHUNK_MAGIC: Final = 0x668E33EF
 
 _CMD_READ: Final = 0
+_CMD_WRITE: Final = 1
 _CMD_DISC: Final = 2
+_CMD_FLUSH: Final = 3
+_CMD_WRITE_ZEROES: Final = 6
 _CMD_BLOCK_STATUS: Final = 7
+_CMD_FLAG_NO_HOLE: Final = 1 << 1
 _CMD_FLAG_DF: Final = 1 << 2
 _CMD_FLAG_REQ_ONE: Final = 1 << 3
 
@@ -91,6 +102,9 @@ def status_cost(extents: int, contexts: int = 1) -> int:
     per_context = REPLY_OVERHEAD + _CHUNK.size + _CONTEXT.size + extents * _DESCRIPTOR.size
     return contexts * per_context + REPLY_OVERHEAD + _CHUNK.size  # the last chunk may come by itself
 
+
+ORDER_COST: Final = REPLY_OVERHEAD + _CHUNK.size
+"""What the reply to a write or a flush occupies at worst, in bytes; an error's text is not counted."""
 
 STATUS_EXTENTS: Final = (OWED_BUDGET - status_cost(0)) // _DESCRIPTOR.size
 """Most extents of one context that a single block status may yield within the budget."""
@@ -126,6 +140,11 @@ class StatusRequest(Request):
     status: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict, init=False)
 
 
+@dataclass(eq=False, slots=True)
+class OrderRequest(Request):
+    """A write, a write of zeroes, or a flush (of no bytes), answered by Done or RequestError."""
+
+
 @dataclass(frozen=True, slots=True)
 class Negotiated:
     """The handshake is over; :attr:`NbdSession.info` is there, and requests may be made."""
@@ -155,6 +174,13 @@ class StatusReply:
 
 
 @dataclass(frozen=True, slots=True)
+class Done:
+    """What was ordered is done; a write is durable after the next flush only."""
+
+    request: OrderRequest
+
+
+@dataclass(frozen=True, slots=True)
 class RequestError:
     """The server could not do it.
 
@@ -167,7 +193,7 @@ class RequestError:
     text: str
 
 
-Reply = ReadReply | StatusReply | RequestError
+Reply = ReadReply | StatusReply | Done | RequestError
 Event = Negotiated | Reply
 
 
@@ -179,9 +205,12 @@ class NbdSession:
 
     :param export: the export's name.
     :param contexts: metadata contexts that status requests are about; all must be there.
+    :param budget: bytes that the server may owe us. More than the default only where it may wait for us, since no
+        guest waits for it.
     """
 
-    def __init__(self, export: str, contexts: Sequence[str] = ()) -> None:
+    def __init__(self, export: str, contexts: Sequence[str] = (), *, budget: int = OWED_BUDGET) -> None:
+        self._budget = budget
         self._buffer = ReceiveBuffer()
         self._out = bytearray()
         self._contexts = tuple(contexts)
@@ -206,7 +235,7 @@ class NbdSession:
 
     @property
     def owed(self) -> int:
-        """What the server owes us, in bytes of its socket buffer at worst; at most ``OWED_BUDGET``."""
+        """What the server owes us, in bytes of its socket buffer at worst; at most the budget."""
         return self._owed
 
     @property
@@ -216,7 +245,7 @@ class NbdSession:
 
     def room_for(self, cost: int) -> bool:
         """Whether a request of this cost keeps the budget."""
-        return self._owed + cost <= OWED_BUDGET
+        return self._owed + cost <= self._budget
 
     def read(self, offset: int, length: int, tag: object = None) -> ReadRequest:
         """Ask for the contents of a range, in one piece.
@@ -239,6 +268,35 @@ class NbdSession:
         one = extents == 1
         request = StatusRequest(offset, length, status_cost(extents, len(self._contexts)), tag, one)
         self._request(_CMD_BLOCK_STATUS, _CMD_FLAG_REQ_ONE if one else 0, request)
+        return request
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview, tag: object = None) -> OrderRequest:
+        """Order a range to be written.
+
+        :raise InternalError: as for :meth:`read`.
+        """
+        request = OrderRequest(offset, len(data), ORDER_COST, tag)
+        self._request(_CMD_WRITE, 0, request)
+        self._out += data
+        return request
+
+    def write_zeroes(self, offset: int, length: int, *, may_punch: bool, tag: object = None) -> OrderRequest:
+        """Order a range to be made zeroes.
+
+        :param may_punch: the server may give its space back.
+        :raise InternalError: as for :meth:`read`.
+        """
+        request = OrderRequest(offset, length, ORDER_COST, tag)
+        self._request(_CMD_WRITE_ZEROES, 0 if may_punch else _CMD_FLAG_NO_HOLE, request)
+        return request
+
+    def flush(self, tag: object = None) -> OrderRequest:
+        """Order everything that has been answered until now to be made durable.
+
+        :raise InternalError: when there is no room.
+        """
+        request = OrderRequest(0, 0, ORDER_COST, tag)
+        self._request(_CMD_FLUSH, 0, request)
         return request
 
     def disconnect(self) -> None:
@@ -298,7 +356,8 @@ class NbdSession:
 
     def _request(self, command: int, flags: int, request: Request) -> None:
         end = request.offset + request.length
-        if self._disconnected or not 0 <= request.offset < end <= self.info.size or request.length >= 1 << 32:
+        within = 0 <= request.offset < end <= self.info.size or command == _CMD_FLUSH
+        if self._disconnected or not within or request.length >= 1 << 32:
             raise InternalError(f"NBD request at {request.offset}, {request.length} bytes, cannot be made")
         if not self.room_for(request.cost):
             raise InternalError("an NBD request without room in the budget of replies owed")
@@ -309,13 +368,16 @@ class NbdSession:
 
     def _next_reply(self, info: ExportInfo) -> Reply | None:
         while True:
+            if len(self._buffer) < _SIMPLE.size:
+                self._wanted = _SIMPLE.size
+                return None
+            if _SIMPLE.unpack(self._buffer.peek(_SIMPLE.size))[0] == _SIMPLE_MAGIC:
+                return self._simple_reply()
             if len(self._buffer) < _CHUNK.size:
                 self._wanted = _CHUNK.size
                 return None
             magic, flags, kind, cookie, length = _CHUNK.unpack(self._buffer.peek(_CHUNK.size))
             if magic != _CHUNK_MAGIC:
-                if magic == _SIMPLE_MAGIC:
-                    raise NbdProtocolError("the NBD server sent a simple reply where a structured one was agreed on")
                 raise NbdProtocolError(f"the NBD server sent {magic:#010x} where a reply should begin")
             request = self._pending.get(cookie)
             if request is None:
@@ -337,6 +399,14 @@ class NbdSession:
                 content = ReadReply(content.request, bytes(content.data))  # the view does not last until the end
             if content is not None:
                 request.content = _first_error(request.content, content)
+
+    def _simple_reply(self) -> Reply:
+        _, error, cookie = _SIMPLE.unpack(self._buffer.take(_SIMPLE.size))
+        request = self._pending.pop(cookie, None)
+        if not isinstance(request, OrderRequest) or request.content is not None:
+            raise NbdProtocolError("the NBD server sent a simple reply where a structured one was agreed on")
+        self._owed -= request.cost
+        return RequestError(request, error, "") if error else Done(request)
 
     def _fits(self, kind: int, request: Request, length: int) -> bool:
         if kind & _TYPE_ERROR:
@@ -360,7 +430,7 @@ class NbdSession:
                 raise NbdProtocolError("the NBD server sent a malformed error")
             return RequestError(request, error, bytes(body[_ERROR.size : _ERROR.size + text]).decode(errors="replace"))
         if kind == _TYPE_NONE:
-            return None
+            return Done(request) if isinstance(request, OrderRequest) else None
         if isinstance(request, StatusRequest):
             self._parse_status(request, body, info)
             return StatusReply(request, request.status)

@@ -8,9 +8,10 @@ the block graph (:mod:`qemu_remus.qemu`), bytes on the wire.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial, singledispatchmethod
 from typing import Final
 
@@ -20,7 +21,8 @@ import trio
 from qemu_remus.control import ControlServer
 from qemu_remus.core import messages as m
 from qemu_remus.core import primary_machine as machine
-from qemu_remus.core.commands import EpochWasLost, EventName, Nothing, ReplicationChanged
+from qemu_remus.core import toolstack_machine as toolstack
+from qemu_remus.core.commands import VERIFY_RATE, Nothing
 from qemu_remus.core.errors import (
     CommandInDoubt,
     InternalError,
@@ -31,24 +33,31 @@ from qemu_remus.core.errors import (
     QemuUnreachable,
     RefusalCode,
 )
-from qemu_remus.core.model import DiskSpec, DiskState, EpochNumber, Generation, Replication, Role
-from qemu_remus.core.report import Checkpoints, DiskReport, EpochCounts, Report
+from qemu_remus.core.frozen import replace
+from qemu_remus.core.model import Generation
+from qemu_remus.core.report import Report
 from qemu_remus.core.settings import PrimaryConfig
+from qemu_remus.core.times import stamped_primary
+from qemu_remus.primary.first_state import first_state
 from qemu_remus.primary.link_keeper import LinkKeeper, backoff
+from qemu_remus.primary.outcome import patience, why
+from qemu_remus.primary.power_off import last_checkpoint
+from qemu_remus.primary.resizing import ResizeDesk
+from qemu_remus.primary.switchover import SwitchDesk
+from qemu_remus.primary.telling import Telling
+from qemu_remus.primary.toolstack import ToolstackDesk
+from qemu_remus.primary.verify_desk import VerifyDesk
+from qemu_remus.primary.watches import Overdue, watch_answers, watch_dirty, watch_disks
 from qemu_remus.primary.work import Work
+from qemu_remus.primary.worker import Worker
 from qemu_remus.qemu.attachment import Attachment
 from qemu_remus.qemu.client import QmpClient
-from qemu_remus.qemu.disks import VmDisk
+from qemu_remus.qemu.shutdown import Ending
+from qemu_remus.qemu.survey import Surveyor
 from qemu_remus.storage.memory import PrimaryMemory
 
 QUEUE_LIMIT: Final = 64
 """Most events that wait for the engine."""
-
-ANSWER_TIMEOUT: Final = 30.0
-"""Seconds that a secondary, although alive, may take to answer for an epoch."""
-
-SYNC_ANSWER_TIMEOUT: Final = 900.0
-"""The same for creating its images, and for flushing a whole copy of the disks."""
 
 STOP_PATIENCE: Final = 5.0
 """Seconds that an epoch under way gets to end by itself when the controller has to stop."""
@@ -56,8 +65,8 @@ STOP_PATIENCE: Final = 5.0
 STOP_TIMEOUT: Final = 30.0
 """Seconds until a controller that has to stop gives up on what is left and only cleans up."""
 
-DIRTY_REFRESH: Final = 2.0
-"""Seconds between looks at the recording bitmaps while no checkpoint counts them."""
+GOODBYE_TIMEOUT: Final = 2.0
+"""Seconds that clients of the control socket get to read their last answers."""
 
 _QEMU_GONE: Final = "QEMU has closed its QMP connection: the VM has ended, or is in trouble"
 
@@ -72,26 +81,18 @@ class PrimaryController:
         config: PrimaryConfig,
         memory: PrimaryMemory,
         client: QmpClient,
-        disks: tuple[VmDisk, ...],
         attachment: Attachment,
+        surveyor: Surveyor,
+        ending: Ending | None = None,
     ) -> None:
+        self._ending = ending
         self._config = config
         self._memory = memory
         self._client = client
-        self._disks = disks
         self._attachment = attachment
-        known = memory.superblock
-        self._state = machine.PrimaryState(
-            pair=config.pair,
-            instance=known.instance,
-            disks=tuple(DiskSpec(disk.name, disk.size) for disk in disks),
-            session=known.session,
-            allow_full_resync=config.allow_inconsistent_resync,
-            generation=known.generation,
-            committed=known.committed,
-            highest=known.highest_epoch,
-        )
-        self._post, self._events = trio.open_memory_channel[machine.Event](QUEUE_LIMIT)
+        self._surveyor = surveyor
+        self._state = toolstack.ToolstackState(first_state(config, memory, attachment.disks))
+        self._post, self._events = trio.open_memory_channel[toolstack.Event | Overdue](QUEUE_LIMIT)
         self._link = LinkKeeper(
             config.peer,
             config.heartbeat_timeout_seconds,
@@ -102,15 +103,35 @@ class PrimaryController:
             on_refusal=self._on_refusal,
             on_down=self._on_down,
         )
-        self._work = Work(config.pair, attachment, self._link.send, [disk.size for disk in disks])
+        self._resizes = ResizeDesk(self._post.send)
+        self._work = Work(
+            config.pair,
+            attachment,
+            self._link.send,
+            surveyor,
+            resized=self._resizes.done,
+            rate=config.rate_bytes_per_second,
+        )
         self._saving = trio.Lock()
         self._nursery: trio.Nursery | None = None
+        self._worker = Worker()
         self._work_scope = trio.CancelScope()
         self._timer_scope = trio.CancelScope()
-        self._committed_at: float | None = None
-        self._captured = self._committed = self._lost = 0
+        self._answer_due = math.inf
         self._failure: QemuRemusError | None = None
-        self._control = ControlServer(config.control, {"query-replication": self._query_replication})
+        self._desk = ToolstackDesk(self._tell, lambda: (self._work.dirty_bytes, self._work.pause_seconds))
+        self._verify = VerifyDesk(
+            self._post.send, attachment, self._work.verifier, default_rate=config.rate_bytes_per_second or VERIFY_RATE
+        )
+        self._switch_desk = SwitchDesk(self._tell)
+        handlers = {**self._desk.handlers(), **self._verify.handlers(), **self._switch_desk.handlers()}
+        handlers |= self._resizes.handlers()
+        self._control = ControlServer(config.control, {"query-replication": self._query_replication, **handlers})
+        self._telling = Telling(config, attachment, surveyor, self._link, self._work, self._control)
+
+    @property
+    def _primary(self) -> machine.PrimaryState:
+        return self._state.primary
 
     # --- tasks -------------------------------------------------------------------------------------------------------
 
@@ -123,37 +144,57 @@ class PrimaryController:
             self._nursery = nursery
             await nursery.start(self._control.serve)
             nursery.start_soon(self._watch_qemu)
-            nursery.start_soon(self._watch_dirty)
+            nursery.start_soon(watch_dirty, self._work, self._attachment, self._counts_by_itself)
+            nursery.start_soon(watch_disks, self._client, self._surveyor, self._post.send)
+            nursery.start_soon(self._telling.watch_sync, lambda: machine.replication(self._primary))
+            nursery.start_soon(self._telling.watch_verify, lambda: self._primary)
+            nursery.start_soon(self._verify.run)
+            nursery.start_soon(self._worker.run)
+            nursery.start_soon(self._desk.run)
             nursery.start_soon(self._watch_stop, stop)
+            nursery.start_soon(self._watch_guest)
+            nursery.start_soon(watch_answers, lambda: self._answer_due, self._post.send)
             _log.info(
                 "attached to QEMU",
                 pair=self._config.pair,
                 qemu=".".join(map(str, self._client.version)),
-                disks=" ".join(f"{disk.name}={disk.node}" for disk in self._disks),
+                disks=" ".join(f"{disk.name}={disk.node}" for disk in self._attachment.disks),
                 control=str(self._config.control),
             )
-            await self._post.send(machine.Attached(await self._found()))
+            await self._post.send(machine.Attached(await self._work.found()))
             await self._engine()
+            # Whoever waits for an answer has it now, and it is on its way.
+            await self._control.finish(GOODBYE_TIMEOUT)
             nursery.cancel_scope.cancel()
         if self._failure is not None:
             raise self._failure
 
-    async def _found(self) -> tuple[tuple[machine.Recording, ...], ...]:
-        found = await self._attachment.bitmaps()
-        return tuple(
-            tuple(machine.Recording(b.generation, b.base, b.epoch) for b in found.get(disk.name, ()))
-            for disk in self._disks
-        )
-
     async def _watch_qemu(self) -> None:
         await self._client.closed.wait()
-        committed = self._state.committed
+        committed = self._primary.committed
         self._failure = QemuUnreachable(
             _QEMU_GONE,
             safe="nothing was committed yet" if committed is None else f"the secondary holds checkpoint {committed}",
             hint="if the VM is gone for good, use `qemu-remus failover` on the secondary; else start the primary again",
         )
         await self._stop_within(0.0, machine_timeout=2.0)
+
+    async def _watch_guest(self) -> None:
+        """Where its QEMU is held when the guest has powered off."""
+        if self._ending is None:
+            return
+        await self._ending.came.wait()
+        _log.info("the guest has powered off: QEMU ends when what it wrote last is committed")
+        checkpoint = await last_checkpoint(lambda: self._primary, self._post.send)
+        if checkpoint is not None:
+            _log.info("the secondary holds all that the guest has written", checkpoint=checkpoint)
+        else:
+            self._failure = QemuError(
+                "the guest has powered off, and what it wrote last could not be committed in time",
+                safe="the VM's own disks hold everything; the secondary keeps its last checkpoint",
+                hint="when the VM is started again, start its primary: the difference is sent",
+            )
+        await self._stop_within(STOP_PATIENCE, machine_timeout=STOP_TIMEOUT)
 
     async def _watch_stop(self, stop: trio.Event) -> None:
         await stop.wait()
@@ -167,50 +208,61 @@ class PrimaryController:
         await trio.sleep(machine_timeout)
         self._running().cancel_scope.cancel()
 
-    async def _watch_dirty(self) -> None:
-        counted_elsewhere = machine.IN_EPOCH | {machine.Phase.IDLE, machine.Phase.RETIRE}
-        while True:
-            await trio.sleep(DIRTY_REFRESH)
-            if self._state.recording is not None and self._state.phase not in counted_elsewhere:
-                with contextlib.suppress(QemuError):
-                    self._work.dirty_bytes = await self._attachment.dirty_bytes()
+    def _counts_by_itself(self) -> bool:
+        elsewhere = machine.IN_EPOCH | {machine.Phase.IDLE, machine.Phase.RETIRE}
+        return self._primary.recording is not None and self._primary.phase not in elsewhere
 
     def _running(self) -> trio.Nursery:
-        if self._nursery is None:
-            raise InternalError("the controller does not run")
+        assert self._nursery is not None, "the controller does not run"
         return self._nursery
 
     # --- the engine --------------------------------------------------------------------------------------------------
 
     async def _engine(self) -> None:
-        while self._state.phase is not machine.Phase.STOPPED:
+        while self._primary.phase is not machine.Phase.STOPPED:
             event = await self._next_event()
-            before = self._state
-            self._state, effects = machine.step(before, event)
+            before = self._primary
+            self._state, effects = toolstack.step(self._state, event)
+            primary = stamped_primary(before, self._primary, int(time.time()))
+            if primary is not self._primary:
+                self._state = replace(self._state, primary=primary)
+            if self._primary.phase is not before.phase:
+                self._answer_due = trio.current_time() + patience(self._primary.phase)
             self._note(before, event)
             for effect in effects:
-                await self._perform(effect)
-            self._tell(before)
+                await _how(type(effect))(self, effect)
+            self._telling.tell(before, self._primary)
 
-    async def _next_event(self) -> machine.Event:
-        with trio.move_on_after(self._patience()):
-            event: machine.Event = await self._events.receive()
-            return event
-        reason = "the secondary is alive but did not answer in time"
-        await self._link.close(m.Goodbye(RefusalCode.PROTOCOL, reason))
-        return machine.LinkDown(reason)
+    async def _tell(self, event: toolstack.Event) -> None:
+        """Queue an event, waiting for room: where there is some, without a turn of the scheduler, which would cost a
+        checkpoint of nothing a tenth of its time."""
+        try:
+            self._post.send_nowait(event)
+        except trio.WouldBlock:
+            await self._post.send(event)
 
-    def _patience(self) -> float:
-        """Seconds that the next event may take: only an answer of the secondary has a deadline of its own here."""
-        if self._state.phase in {machine.Phase.STAGE, machine.Phase.COMMIT}:
-            return ANSWER_TIMEOUT
-        if self._state.phase in {machine.Phase.SYNC_BEGIN, machine.Phase.SYNC_FLUSH}:
-            return SYNC_ANSWER_TIMEOUT
-        return float("inf")
+    async def _next_event(self) -> toolstack.Event:
+        while True:
+            event = await self._events.receive()
+            if not isinstance(event, Overdue):
+                return event
+            if event.due == self._answer_due:
+                self._answer_due = math.inf
+                reason = "the secondary is alive but did not answer in time"
+                await self._link.close(m.Goodbye(RefusalCode.PROTOCOL, reason))
+                return machine.LinkDown(reason)
 
     @singledispatchmethod
-    async def _perform(self, effect: machine.Effect) -> None:
+    async def _perform(self, effect: toolstack.Effect) -> None:
         raise InternalError(f"the primary has no way to do {effect!r}")
+
+    @_perform.register
+    async def _(self, effect: toolstack.Reply) -> None:
+        self._desk.reply(effect)
+
+    @_perform.register
+    async def _(self, effect: toolstack.Ended) -> None:
+        self._telling.ended(effect)
 
     @_perform.register
     async def _(self, effect: machine.Connect) -> None:
@@ -240,7 +292,32 @@ class PrimaryController:
 
     @_perform.register
     async def _(self, effect: machine.CopyLive) -> None:
-        self._start(partial(self._work.copy_live, effect.fresh))
+        self._start(partial(self._work.copy_live, effect))
+
+    @_perform.register
+    async def _(self, effect: machine.CopyAhead) -> None:
+        self._start(partial(self._work.copy_ahead, effect))
+
+    @_perform.register
+    async def _(self, effect: machine.ScheduleVerify) -> None:
+        self._verify.schedule(effect)
+
+    @_perform.register
+    async def _(self, effect: machine.VerifySlice) -> None:
+        self._work.verifier.begin()
+        self._start(partial(self._work.verify, effect))
+
+    @_perform.register
+    async def _(self, effect: machine.InterruptSlice) -> None:
+        self._work.verifier.interrupt(patient=effect.patient)
+
+    @_perform.register
+    async def _(self, effect: machine.VerifyAnswered) -> None:
+        self._verify.reply(effect)
+
+    @_perform.register
+    async def _(self, effect: machine.Survey) -> None:
+        self._start(partial(self._work.survey, effect))
 
     @_perform.register
     async def _(self, effect: machine.Capture) -> None:
@@ -248,11 +325,33 @@ class PrimaryController:
 
     @_perform.register
     async def _(self, effect: machine.Transfer) -> None:
-        self._start(partial(self._work.transfer, effect.finished))
+        self._start(partial(self._work.transfer, effect))
 
     @_perform.register
-    async def _(self, effect: machine.RemoveBitmap) -> None:
-        self._start(partial(self._work.remove, effect.recording))
+    async def _(self, effect: machine.RemoveBitmaps) -> None:
+        self._start(partial(self._work.remove, effect.recordings))
+
+    @_perform.register
+    async def _(self, effect: machine.Hold) -> None:
+        _log.info("the VM is paused for a switch-over")
+        self._start(partial(self._work.hold, effect))
+
+    @_perform.register
+    async def _(self, effect: machine.Stand) -> None:
+        self._start(partial(self._work.stand, effect))
+
+    @_perform.register
+    async def _(self, effect: machine.Resume) -> None:
+        try:
+            await self._work.resume()
+        except QemuError as error:
+            _log.error("the VM may still be paused: look at it, and resume it (cont)", error=str(error))
+        else:
+            _log.warning("the VM was not handed over, and runs on")
+
+    @_perform.register
+    async def _(self, effect: machine.SwitchReply) -> None:
+        self._switch_desk.reply(effect)
 
     @_perform.register
     async def _(self, effect: machine.CancelWork) -> None:
@@ -262,6 +361,8 @@ class PrimaryController:
     async def _(self, effect: machine.Schedule) -> None:
         self._timer_scope.cancel()
         self._timer_scope = trio.CancelScope()
+        if self._config.interval_seconds is None:
+            return
         due = self._work.capture_started + self._config.interval_seconds
         if effect.failures:
             due = trio.current_time() + backoff(effect.failures)
@@ -270,17 +371,19 @@ class PrimaryController:
     @_perform.register
     async def _(self, effect: machine.Stop) -> None:
         if self._failure is None:
-            self._failure = _why(effect)
-        recording = self._state.recording
+            self._failure = why(effect)
+        recording = self._primary.recording
         if self._client.closed.is_set():
             return
         if recording is not None and recording.base is None and isinstance(self._failure, PeerRefused):
             # Nothing was ever committed and nobody wants the copy: the bitmap would be of no use to anybody.
             with contextlib.suppress(QemuError):
-                await self._work.remove(recording)
+                await self._work.remove((recording,))
                 recording = None
-        if recording is None:
-            _log.info("stopped: nothing of ours is left in QEMU")
+        if effect.doubt is not None:
+            _log.error("stopped, and the VM stays paused", handed_over_at=effect.doubt.target)
+        elif recording is None:
+            _log.info("stopped: nothing of ours is left in QEMU", reason=self._primary.reason)
         else:
             _log.info("stopped: one tracking bitmap per disk stays in QEMU, so that a restart can send the difference")
 
@@ -291,7 +394,9 @@ class PrimaryController:
 
     def _start(self, work: Callable[[], Awaitable[machine.Event]]) -> None:
         self._work_scope = trio.CancelScope()
-        self._running().start_soon(self._run_work, work, self._work_scope)
+        job = partial(self._run_work, work, self._work_scope)
+        if not self._worker.take(job):  # the piece before is on its way out
+            self._running().start_soon(job)
 
     async def _run_work(self, work: Callable[[], Awaitable[machine.Event]], scope: trio.CancelScope) -> None:
         """Run a piece of work to its end, whatever that is, and say how it ended."""
@@ -302,135 +407,92 @@ class PrimaryController:
             except CommandInDoubt as error:
                 # What QEMU did with it is unknown, and only a fresh look at its bitmaps can tell.
                 result = machine.WorkFailed(str(error), fatal=True)
+            except LinkError as error:
+                result = machine.WorkFailed(str(error), by_link=True)
             except QemuRemusError as error:
-                result = machine.WorkFailed(str(error))
+                result = machine.WorkFailed(str(error), changed=await self._disks_changed())
         if isinstance(result, machine.WorkFailed) and self._client.closed.is_set():
             # What failed in its last moments explains nothing.
             result = machine.WorkFailed(_QEMU_GONE)
-        await self._post.send(result)
+        await self._tell(result)
+
+    async def _disks_changed(self) -> bool:
+        with contextlib.suppress(QemuError):
+            return await self._surveyor.changed()
+        return False
 
     async def _save(self) -> None:
         async with self._saving:
-            state = self._state
+            state = self._primary
             save = partial(
                 self._memory.save,
                 generation=state.generation,
                 committed=state.committed,
-                highest_epoch=state.highest,
+                highest_epoch=state.highest + machine.EPOCHS_AHEAD,
                 session=state.session,
+                history=state.history,
+                begun=state.begun,
+                decided=state.decided,
+                handover=state.handover,
             )
             await trio.to_thread.run_sync(save)
 
     # --- the link ----------------------------------------------------------------------------------------------------
 
     async def _make_hello(self) -> m.Hello:
-        self._state = replace(self._state, session=self._state.session + 1)
+        primary = replace(self._primary, session=self._primary.session + 1)
+        self._state = replace(self._state, primary=primary)
         await self._save()
-        return machine.hello(self._state)
+        return machine.hello(self._primary)
 
     def _heartbeat(self) -> m.Heartbeat:
-        state = self._state
+        state = self._primary
         return m.Heartbeat(captured=state.captured, staged=state.staged, committed=state.committed)
 
     async def _on_hello(self, ours: m.Hello, theirs: m.Hello) -> None:
-        await self._post.send(machine.LinkUp(ours, theirs, Generation(uuid.uuid4())))
+        with contextlib.suppress(QemuError):
+            self._work.dirty_bytes = await self._attachment.dirty_bytes()
+        await self._post.send(machine.LinkUp(ours, theirs, Generation(uuid.uuid4()), self._work.dirty_bytes))
 
     async def _on_message(self, message: m.Message) -> None:
-        await self._post.send(machine.FromPeer(message))
+        if isinstance(message, m.BlocksDiffer):
+            self._work.comparison.answered(message)
+        else:
+            if isinstance(message, m.SyncFlushed):
+                self._work.flushed(message.token)
+            await self._tell(machine.FromPeer(message))
 
     async def _on_refusal(self, refusal: m.Goodbye | QemuRemusError) -> None:
         if isinstance(refusal, m.Goodbye):
             await self._post.send(machine.LinkRefused(refusal))
-        elif self._state.committed is None:
+        elif self._primary.committed is None:
             # Never yet protected, and it will not pass by itself: better an end that is seen than a quiet retry.
             self._failure = refusal
             await self._post.send(machine.StopRequested())
 
     async def _on_down(self, reason: str) -> None:
+        self._work.comparison.link_lost()
         await self._post.send(machine.LinkDown(reason))
 
     # --- what others see ---------------------------------------------------------------------------------------------
 
-    def _note(self, before: machine.PrimaryState, event: machine.Event) -> None:
+    def _note(self, before: machine.PrimaryState, event: toolstack.Event) -> None:
         """Keep the figures."""
-        state = self._state
+        state = self._primary
         if isinstance(event, machine.Captured):
-            self._captured += 1
+            self._telling.captured()
         if state.committed is not None and state.committed != before.committed:
             if isinstance(event, machine.FromPeer):
-                self._committed += 1
-                self._committed_at = self._work.captured_at
-                self._work.dirty_bytes = 0
+                self._telling.committed()
             self._link.settled()
-        if state.phase is machine.Phase.MERGE and before.phase is not machine.Phase.MERGE:
-            self._lost += 1
-            lost = before.finished.epoch if before.finished is not None else EpochNumber(state.highest)
-            _log.warning("epoch lost; a later one carries its changes", epoch=lost, reason=state.reason)
-            self._control.emit(EventName.EPOCH_LOST, EpochWasLost(self._config.pair, lost, state.reason))
-
-    def _disk_state(self, state: machine.PrimaryState) -> DiskState:
-        """The primary's own disks are the truth."""
-        return DiskState.UP_TO_DATE
-
-    def _tell(self, before: machine.PrimaryState) -> None:
-        """Say what has changed, in the log and as an event."""
-        old, new = machine.replication(before), machine.replication(self._state)
-        if old == new:
-            return
-        reason = self._state.reason or None
-        report = _log.warning if new in {Replication.DEGRADED, Replication.OFF} else _log.info
-        report("state", replication=new.value, connection=self._link.connection.value, reason=reason)
-        changed = ReplicationChanged(
-            self._config.pair, Role.PRIMARY, self._link.connection, self._disk_state(self._state), new, reason
-        )
-        self._control.emit(EventName.REPLICATION_CHANGED, changed)
 
     def report(self) -> Report:
         """The status, as ``query-replication`` gives it."""
-        state = self._state
-        age = None if self._committed_at is None else trio.current_time() - self._committed_at
-        in_doubt = state.finished.epoch if state.finished and state.phase is machine.Phase.COMMIT else None
-        return Report(
-            pair=self._config.pair,
-            role=Role.PRIMARY,
-            connection=self._link.connection,
-            disk=self._disk_state(state),
-            replication=machine.replication(state),
-            reason=state.reason or None,
-            generation=state.generation,
-            peer=str(self._config.peer),
-            checkpoint=Checkpoints(
-                captured=state.captured,
-                staged=state.staged,
-                committed=state.committed,
-                applied=self._link.peer_numbers.applied,
-                committed_age_seconds=age,
-                in_doubt=in_doubt,
-            ),
-            dirty_bytes=self._work.dirty_bytes,
-            backlog_bytes=self._link.peer_numbers.backlog,
-            pause=self._work.pauses.report(),
-            epochs=EpochCounts(self._captured, self._committed, self._lost),
-            bytes_sent=self._link.bytes_sent,
-            bytes_received=self._link.bytes_received,
-            sync=self._work.progress if machine.replication(state) is Replication.INITIAL_SYNC else None,
-            disks=tuple(DiskReport(disk.name, size=disk.size, node=disk.node) for disk in self._disks),
-        )
+        return self._telling.report(self._primary)
 
     async def _query_replication(self, _: Nothing) -> Report:
         return self.report()
 
 
-def _why(effect: machine.Stop) -> QemuRemusError | None:
-    """The error that ends the controller; None where somebody asked for its end."""
-    if effect.refusal is not None:
-        return effect.refusal.error()
-    if effect.goodbye is not None:
-        return PeerRefused(f"the secondary refused: {effect.goodbye.text}", effect.goodbye.code)
-    if effect.reason:
-        return QemuError(
-            effect.reason,
-            safe="the VM goes on; its changes stay in the dirty bitmaps that are left in QEMU",
-            hint="start the primary again: it takes them over and sends the difference",
-        )
-    return None
+# As self._perform finds it, with more ado than many an effect is worth.
+_how: Final[Callable[[type], Callable[..., Awaitable[None]]]] = vars(PrimaryController)["_perform"].dispatcher.dispatch

@@ -2,7 +2,7 @@
 
 Owned here: the socket, deadlines, and what is known about a command's outcome.  What a command means is not.
 
-- A command is never half sent by a cancellation: only the writer task sends.
+- A command is never half sent by a cancellation: what is not sent at once, the writer task sends.
 - Running a command that changes state is no cancellation point: it is waited for until its reply, the end of the
   connection or its time-out. Its outcome must be learned, since cancelling a wait does not cancel the command.
 - A lost reply to such a command is :class:`CommandInDoubt`; to a query :class:`QemuUnreachable`.  A command that was
@@ -17,18 +17,22 @@ import errno
 import socket
 import struct
 import uuid
+from array import array
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import trio
 from qemu.qmp.error import ProtocolError
 
 from qemu_remus.core.errors import CommandFailed, CommandInDoubt, NotQmp, QemuError, QemuUnreachable
 from qemu_remus.qemu.commands import Command, qmp_capabilities
+from qemu_remus.qemu.events import EventStream, QmpEvent
 from qemu_remus.qemu.protocol import NEED_DATA, ErrorReply, Event, Greeting, QmpSession, Reply
+from qemu_remus.qemu.socket_holders import holders_of
+from qemu_remus.streams import receive, send_at_once
 
 _RECEIVE_SIZE: Final = 256 * 1024
 _WRITE_QUEUE: Final = 64
@@ -42,20 +46,6 @@ class PeerCredentials:
     pid: int
     uid: int
     gid: int
-
-
-@dataclass(frozen=True, slots=True)
-class QmpEvent:
-    """An event of QEMU.
-
-    :param timestamp: seconds since 1970 by QEMU's host's clock.
-    :param order: place in the sequence of all messages received on this connection.
-    """
-
-    name: str
-    data: dict[str, Any]
-    timestamp: float
-    order: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,45 +81,6 @@ class InDoubt:
 Outcome = Done | Failed | InDoubt
 
 
-class EventStream:
-    """Events of one subscription, oldest first; ends with the connection, or with the subscription."""
-
-    def __init__(self, names: frozenset[str], capacity: int) -> None:
-        self._names = names
-        self._send, self._receive = trio.open_memory_channel[QmpEvent](capacity)
-        self.overflowed = False
-        """Events were dropped since nobody took them: what they announced must be queried instead."""
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> QmpEvent:
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            raise StopAsyncIteration from None
-
-    def drain(self) -> list[QmpEvent]:
-        """Everything that has arrived, without waiting."""
-        events: list[QmpEvent] = []
-        while True:
-            try:
-                events.append(self._receive.receive_nowait())
-            except (trio.WouldBlock, trio.EndOfChannel):
-                return events
-
-    def _offer(self, event: QmpEvent) -> None:
-        if self._names and event.name not in self._names:
-            return
-        try:
-            self._send.send_nowait(event)
-        except trio.WouldBlock:
-            self.overflowed = True
-
-    def _end(self) -> None:
-        self._send.close()
-
-
 @dataclass(slots=True, eq=False)
 class _Batch:
     """Commands that were handed over in one piece, and what became of them."""
@@ -137,6 +88,8 @@ class _Batch:
     commands: Sequence[Command]
     answers: list[Reply | ErrorReply | None]
     left: int
+    descriptor: int | None = None
+    data: bytes = b""
     finished: trio.Event = field(default_factory=trio.Event)
     sending: bool = False
     withdrawn: bool = False
@@ -167,6 +120,8 @@ class QmpClient:
         self._waiting: dict[str, tuple[_Batch, int]] = {}
         self._batches: set[_Batch] = set()
         self._to_writer, self._from_callers = trio.open_memory_channel[_Batch](_WRITE_QUEUE)
+        self._writing = False
+        self._queued = 0
         self._subscriptions: set[EventStream] = set()
         self._greeted = trio.Event()  # or will never be: see _failure
         self._failure: QemuError | None = None
@@ -205,7 +160,29 @@ class QmpClient:
         """
         if not commands:
             return []
-        batch = _Batch(commands, [None] * len(commands), len(commands))
+        return await self._run(_Batch(commands, [None] * len(commands), len(commands)), timeout)
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether open files can be handed to QEMU over this connection."""
+        return isinstance(self._stream, trio.SocketStream) and self._stream.socket.family == socket.AF_UNIX
+
+    async def execute_with(self, command: Command, descriptor: int, *, timeout: float = 10.0) -> Any:
+        """Run one command that takes an open file along (SCM_RIGHTS): ``add-fd``, ``getfd``.
+
+        :param descriptor: stays the caller's, who keeps it open until this returns.
+        :raise CommandFailed: when QEMU refuses it.
+        :raise CommandInDoubt: as :meth:`execute`.
+        :raise QemuUnreachable: when it was not sent.
+        """
+        batch = _Batch([command], [None], 1, descriptor)
+        (outcome,) = await self._run(batch, timeout)
+        if isinstance(outcome, Done):
+            return outcome.value
+        raise outcome.error
+
+    async def _run(self, batch: _Batch, timeout: float) -> list[Outcome]:
+        commands = batch.commands
         self._batches.add(batch)
         try:
             with trio.move_on_after(timeout) as scope:
@@ -224,10 +201,39 @@ class QmpClient:
         return [_outcome(command, answer, why) for command, answer in zip(commands, batch.answers, strict=True)]
 
     async def _hand_over(self, batch: _Batch) -> None:
+        """Send it at once where nothing is before it, which spares two turns of the scheduler; else queue it."""
+        if self._resting and batch.descriptor is None:
+            self._encode(batch)
+            taken = send_at_once(self._stream, batch.data)
+            batch.sending = taken > 0
+            batch.data = batch.data[taken:]
+            if not batch.data:
+                return
+        self._queued += 1
         try:
-            await self._to_writer.send(batch)
+            if batch.sending:
+                # The rest must go out, whatever becomes of the caller; and nothing is queued, so there is room.
+                self._to_writer.send_nowait(batch)
+            else:
+                await self._to_writer.send(batch)
         except trio.BrokenResourceError:
             batch.finished.set()
+        except trio.Cancelled:
+            self._queued -= 1
+            raise
+
+    def _encode(self, batch: _Batch) -> None:
+        pieces = []
+        for index, command in enumerate(batch.commands):
+            ident, data = self._session.send_command(command)
+            self._waiting[ident] = (batch, index)
+            pieces.append(data)
+        batch.data = b"".join(pieces)
+
+    @property
+    def _resting(self) -> bool:
+        """The writer has nothing to do, and nothing on its way to it."""
+        return self._writing and self._queued == 0
 
     @contextmanager
     def subscribe(self, *names: str, capacity: int = 256) -> Iterator[EventStream]:
@@ -239,19 +245,19 @@ class QmpClient:
         stream = EventStream(frozenset(names), capacity)
         self._subscriptions.add(stream)
         if self.closed.is_set():
-            stream._end()
+            stream.end()
         try:
             yield stream
         finally:
             self._subscriptions.discard(stream)
-            stream._end()
+            stream.end()
 
     async def _negotiate(self, timeout: float) -> None:
         deadline = trio.current_time() + timeout
         with trio.move_on_at(deadline):
             await self._greeted.wait()
         if not self._greeted.is_set():
-            raise _no_greeting(self._name, timeout)
+            raise await _no_greeting(self._name, timeout)
         if self._failure is None:
             try:
                 await self.execute(qmp_capabilities(), timeout=max(deadline - trio.current_time(), 0.0))
@@ -281,7 +287,7 @@ class QmpClient:
     async def _receive_until_end(self) -> QemuError:
         session = self._session
         while True:
-            data = await self._stream.receive_some(_RECEIVE_SIZE)
+            data = await receive(self._stream, _RECEIVE_SIZE)
             if not data:
                 return QemuUnreachable(f"QEMU closed the QMP connection at {self._name}")
             session.receive_data(data)
@@ -294,27 +300,35 @@ class QmpClient:
                     case Event():
                         event = QmpEvent(received.name, dict(received.data), received.timestamp, received.order)
                         for stream in self._subscriptions:
-                            stream._offer(event)
+                            stream.offer(event)
                     case Greeting():
                         self.version, self.package = received.version, received.package
                         self._greeted.set()
 
     async def _write(self) -> None:
-        with self._from_callers:
-            async for batch in self._from_callers:
-                if batch.withdrawn or self._failure is not None:
-                    continue
-                batch.sending = True
-                pieces = []
-                for index, command in enumerate(batch.commands):
-                    ident, data = self._session.send_command(command)
-                    self._waiting[ident] = (batch, index)
-                    pieces.append(data)
-                try:
-                    await self._stream.send_all(b"".join(pieces))
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    # The reader sees the same end, after whatever QEMU still had to say.
-                    return
+        self._writing = True
+        try:
+            with self._from_callers:
+                async for batch in self._from_callers:
+                    # What is sent in part must go out whole, whoever has lost interest.
+                    if batch.sending or not (batch.withdrawn or self._failure is not None):
+                        if not batch.data:
+                            self._encode(batch)
+                        batch.sending = True
+                        await self._send(batch.data, batch.descriptor)
+                    self._queued -= 1
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            # The reader sees the same end, after whatever QEMU still had to say.
+            pass
+        finally:
+            self._writing = False
+
+    async def _send(self, data: bytes, descriptor: int | None) -> None:
+        if descriptor is not None:
+            assert isinstance(self._stream, trio.SocketStream)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [descriptor]))]
+            data = data[await self._stream.socket.sendmsg([data], rights) :]
+        await self._stream.send_all(data)
 
     async def _until_closed(self) -> None:
         """Both tasks, until the connection is gone."""
@@ -333,7 +347,7 @@ class QmpClient:
             batch.finished.set()
         self._waiting.clear()
         for stream in self._subscriptions:
-            stream._end()
+            stream.end()
 
 
 def _outcome(command: Command, answer: Reply | ErrorReply | None, why: str) -> Outcome:
@@ -363,7 +377,7 @@ async def open_qmp(path: str | Path, *, connect_timeout: float = 5.0) -> AsyncIt
     with trio.move_on_after(connect_timeout) as deadline:
         stream = await _connect(Path(path))
     if deadline.cancelled_caught:
-        raise _no_greeting(str(path), connect_timeout)
+        raise await _no_greeting(str(path), connect_timeout)
     left = max(deadline.deadline - trio.current_time(), 0.0)
     async with open_qmp_over(stream, _credentials(stream), name=str(path), timeout=left) as client:
         yield client
@@ -396,7 +410,9 @@ async def open_qmp_over(
         finally:
             tasks.cancel()
             client._lose(QemuUnreachable(f"the QMP connection to {name} was closed"))
-            await trio.aclose_forcefully(stream)
+            # Where we are cancelled as well, what the body has to say must not be lost for that.
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
     if failure is not None:
         raise failure
 
@@ -419,7 +435,7 @@ async def _connect(path: Path) -> trio.SocketStream:
     except OSError as error:
         # A full backlog of a Unix socket answers connect() with EAGAIN, which trio takes for "in progress".
         await trio.aclose_forcefully(stream)
-        raise _busy(f"QMP socket {path} does not accept connections") from error
+        raise await _busy(f"QMP socket {path} does not accept connections", path) from error
     return stream
 
 
@@ -428,14 +444,19 @@ def _credentials(stream: trio.SocketStream) -> PeerCredentials:
     return PeerCredentials(*_PEERCRED.unpack(raw))
 
 
-def _no_greeting(name: str, timeout: float) -> QemuUnreachable:
-    return _busy(f"nothing greeted us on {name} within {timeout:.1f} s")
+async def _no_greeting(name: str, timeout: float) -> QemuUnreachable:
+    return await _busy(f"nothing greeted us on {name} within {timeout:.1f} s", Path(name))
 
 
-def _busy(what: str) -> QemuUnreachable:
+async def _busy(what: str, path: Path) -> QemuUnreachable:
+    holders = await trio.to_thread.run_sync(holders_of, path, abandon_on_cancel=True)
+    if holders:
+        who = f"{' and '.join(map(str, holders))} is connected: let it end, or give"
+    else:
+        who = "somebody else is probably connected: give"
     return QemuUnreachable(
         what,
         safe="nothing was sent",
-        hint="a QMP socket serves one client at a time, and somebody else is probably connected: give QEMU a socket for"
-        " qemu-remus alone with another -qmp unix:PATH,server=on,wait=off",
+        hint=f"a QMP socket serves one client at a time, and {who} QEMU a socket for qemu-remus alone with another"
+        " -qmp unix:PATH,server=on,wait=off",
     )

@@ -54,6 +54,13 @@ class OnCbwError(StrEnum):
     BREAK_SNAPSHOT = "break-snapshot"
 
 
+class ShutdownAction(StrEnum):
+    """What QEMU does when its guest has powered off."""
+
+    POWEROFF = "poweroff"
+    PAUSE = "pause"
+
+
 class ExportDelMode(StrEnum):
     """``block-export-del``: refuse while a client is connected, or cut it off."""
 
@@ -90,7 +97,13 @@ def query_status() -> Command:
 
 
 def query_kvm() -> Command:
+    """Whether KVM is at work; deprecated from QEMU 11.0 on, see :func:`query_accelerators`."""
     return _query("query-kvm")
+
+
+def query_accelerators() -> Command:
+    """What runs the vCPUs, and what could; only where the schema has it."""
+    return _query("query-accelerators")
 
 
 def query_cpus_fast() -> Command:
@@ -106,6 +119,16 @@ def stop() -> Command:
 def cont() -> Command:
     """Resume the VM."""
     return _change("cont", {})
+
+
+def set_power_off(action: ShutdownAction) -> Command:
+    """What QEMU is to do when its guest powers off, whatever its command line says."""
+    return _change("set-action", {"shutdown": action.value})
+
+
+def quit_qemu() -> Command:
+    """End QEMU; it may be gone before it has answered."""
+    return _change("quit", {})
 
 
 # --- the device tree
@@ -134,6 +157,25 @@ def qom_path(qdev: str) -> str:
     return qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
 
 
+def query_name() -> Command:
+    return _query("query-name")
+
+
+def query_chardev() -> Command:
+    """QEMU's character devices, the monitors and serial ports among them, with the sockets that they listen on."""
+    return _query("query-chardev")
+
+
+def query_vnc() -> Command:
+    """Where QEMU's VNC server listens; not every build has one."""
+    return _query("query-vnc")
+
+
+def query_spice() -> Command:
+    """Where QEMU's SPICE server listens; not every build has one."""
+    return _query("query-spice")
+
+
 # --- the block graph
 
 
@@ -151,6 +193,11 @@ def query_block_graph() -> Command:
     return _query("x-debug-query-block-graph")
 
 
+def query_blockstats() -> Command:
+    """What each device has read and written since QEMU started."""
+    return _query("query-blockstats")
+
+
 def query_block_jobs() -> Command:
     return _query("query-block-jobs")
 
@@ -162,6 +209,34 @@ def query_jobs() -> Command:
 def job_cancel(job: str) -> Command:
     """Ask for a job's end; it is gone when ``query-jobs`` does not show it any more."""
     return _change("job-cancel", {"id": job})
+
+
+def job_dismiss(job: str) -> Command:
+    """Take away a job that has ended, and with it the knowledge of how."""
+    return _change("job-dismiss", {"id": job})
+
+
+def blockdev_backup(job: str, source: NodeName, target: NodeName, bitmap: BitmapName, *, chunk: int) -> Command:
+    """A job that copies what a bitmap of ``source`` marks; it stays, when it has ended, until it is dismissed.
+
+    :param target: of the same size as ``source``.
+    :param bitmap: left as it is.
+    :param chunk: most bytes in one request, also where the source's allocation is asked for. QEMU refuses less than the
+        clusters that it copies in, which are of 64 KiB for a plain file.
+    """
+    return _change(
+        "blockdev-backup",
+        {
+            "job-id": job,
+            "device": source,
+            "target": target,
+            "sync": "bitmap",
+            "bitmap": bitmap,
+            "bitmap-mode": "never",
+            "auto-dismiss": False,
+            "x-perf": {"use-copy-range": False, "max-workers": 16, "max-chunk": chunk},
+        },
+    )
 
 
 def blockdev_add_file(node: NodeName, filename: str) -> Command:
@@ -179,6 +254,30 @@ def blockdev_add_file(node: NodeName, filename: str) -> Command:
             "cache": {"no-flush": True},
             # Ours alone and soon unlinked; a lock would only make QEMU refuse where OFD locks do not work.
             "locking": "off",
+        },
+    )
+
+
+def add_fd() -> Command:
+    """Hand an open file to QEMU, with :meth:`QmpClient.execute_with`; the answer names its ``fdset-id``."""
+    return _change("add-fd", {"opaque": "qemu-remus"})
+
+
+def remove_fd(fdset: int) -> Command:
+    """Let QEMU forget a file that was handed to it; a node that has it open keeps it."""
+    return _change("remove-fd", {"fdset-id": fdset})
+
+
+def blockdev_add_qcow2(node: NodeName, *, file: NodeName, read_only: bool = False) -> Command:
+    """An image in a file of ours, to carry a bitmap (:mod:`qemu_remus.qemu.bitmap_file`)."""
+    return _change(
+        "blockdev-add",
+        {
+            "driver": "qcow2",
+            "node-name": node,
+            "file": file,
+            "read-only": read_only,
+            "cache": {"no-flush": True},
         },
     )
 
@@ -220,6 +319,14 @@ def blockdev_add_snapshot_access(node: NodeName, *, filter_node: NodeName) -> Co
     return _change("blockdev-add", {"driver": "snapshot-access", "node-name": node, "file": filter_node})
 
 
+def block_resize(node: NodeName, size: int) -> Command:
+    """Give a node, and the guest's device over it, another size.
+
+    :param size: in bytes, a multiple of 512.
+    """
+    return _change("block_resize", {"node-name": node, "size": size})
+
+
 def blockdev_del(node: NodeName) -> Command:
     return _change("blockdev-del", {"node-name": node})
 
@@ -233,18 +340,26 @@ def transaction(actions: Sequence[Action]) -> Command:
 
 
 def bitmap_add_action(
-    node: NodeName, bitmap: BitmapName, *, granularity: int | None = None, disabled: bool = False
+    node: NodeName,
+    bitmap: BitmapName,
+    *,
+    granularity: int | None = None,
+    disabled: bool = False,
+    persistent: bool = False,
 ) -> Action:
-    """A new bitmap, never persistent.
+    """A new bitmap.
 
     :param granularity: bytes, one of :data:`BITMAP_GRANULARITIES`; None for QEMU's own choice.
     :param disabled: it does not record (for merging into).
+    :param persistent: stored in the image when its node is closed; never for the bitmaps of a guest's disk.
     """
     data: dict[str, Any] = {"node": node, "name": bitmap}
     if granularity is not None:
         data["granularity"] = granularity
     if disabled:
         data["disabled"] = True
+    if persistent:
+        data["persistent"] = True
     return Action("block-dirty-bitmap-add", data)
 
 
@@ -252,9 +367,19 @@ def bitmap_disable_action(node: NodeName, bitmap: BitmapName) -> Action:
     return Action("block-dirty-bitmap-disable", {"node": node, "name": bitmap})
 
 
+def bitmap_clear_action(node: NodeName, bitmap: BitmapName) -> Action:
+    return Action("block-dirty-bitmap-clear", {"node": node, "name": bitmap})
+
+
 def bitmap_merge_action(node: NodeName, target: BitmapName, sources: Sequence[BitmapName]) -> Action:
     """Add everything in ``sources``, all on the same node, to ``target``."""
     return Action("block-dirty-bitmap-merge", {"node": node, "target": target, "bitmaps": list(sources)})
+
+
+def bitmap_copy_action(node: NodeName, target: BitmapName, source: tuple[NodeName, BitmapName]) -> Action:
+    """Add everything in a bitmap of another node, of the same size, to ``target``."""
+    data = {"node": node, "target": target, "bitmaps": [{"node": source[0], "name": source[1]}]}
+    return Action("block-dirty-bitmap-merge", data)
 
 
 def bitmap_remove_action(node: NodeName, bitmap: BitmapName) -> Action:
@@ -262,10 +387,17 @@ def bitmap_remove_action(node: NodeName, bitmap: BitmapName) -> Action:
 
 
 def bitmap_add(
-    node: NodeName, bitmap: BitmapName, *, granularity: int | None = None, disabled: bool = False
+    node: NodeName,
+    bitmap: BitmapName,
+    *,
+    granularity: int | None = None,
+    disabled: bool = False,
+    persistent: bool = False,
 ) -> Command:
     """:func:`bitmap_add_action` as a command."""
-    return bitmap_add_action(node, bitmap, granularity=granularity, disabled=disabled).as_command()
+    return bitmap_add_action(
+        node, bitmap, granularity=granularity, disabled=disabled, persistent=persistent
+    ).as_command()
 
 
 def bitmap_disable(node: NodeName, bitmap: BitmapName) -> Command:
@@ -276,6 +408,11 @@ def bitmap_disable(node: NodeName, bitmap: BitmapName) -> Command:
 def bitmap_merge(node: NodeName, target: BitmapName, sources: Sequence[BitmapName]) -> Command:
     """:func:`bitmap_merge_action` as a command."""
     return bitmap_merge_action(node, target, sources).as_command()
+
+
+def bitmap_copy(node: NodeName, target: BitmapName, source: tuple[NodeName, BitmapName]) -> Command:
+    """:func:`bitmap_copy_action` as a command."""
+    return bitmap_copy_action(node, target, source).as_command()
 
 
 def bitmap_remove(node: NodeName, bitmap: BitmapName) -> Command:

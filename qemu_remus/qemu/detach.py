@@ -1,7 +1,8 @@
 """Take everything that is ours out of a QEMU, from whatever state a controller left it in, and nothing else.
 
 What is there decides, never what somebody remembers, so it may be repeated at will.  The order is that of use, users
-first: jobs, exports, ``snapshot-access`` nodes, filters (the device gets its disk node back), fleeces, QEMU's NBD
+first: jobs, exports, ``snapshot-access`` nodes, filters (the device gets its disk node back), fleeces and what a push
+has beside them, QEMU's NBD
 server if a controller of ours started it, dirty bitmaps.  What QEMU refuses to let go is left and reported.
 
 - ``qom-set drive`` is sent only to a device that has our filter at that moment: any other node was put there by
@@ -17,19 +18,21 @@ from typing import Final
 
 import trio
 
-from qemu_remus.core.errors import CommandFailed
+from qemu_remus.core.errors import CommandFailed, CommandInDoubt, QemuError, QemuUnreachable
 from qemu_remus.core.model import BitmapName, NodeName, PairName, QdevPath
 from qemu_remus.qemu import commands
 from qemu_remus.qemu.capabilities import Capabilities, query_capabilities
-from qemu_remus.qemu.client import EventStream, QmpClient
+from qemu_remus.qemu.client import QmpClient
 from qemu_remus.qemu.commands import Command, ExportDelMode
 from qemu_remus.qemu.discover import read_graph
+from qemu_remus.qemu.events import EventStream
+from qemu_remus.qemu.jobs import end_jobs
 from qemu_remus.qemu.nbd_server import find_our_server, socket_path
-from qemu_remus.qemu.nodes import Kind, is_ours, kind_of
+from qemu_remus.qemu.nodes import Kind, is_a_look, is_ours, kind_of
 from qemu_remus.qemu.process import qemu_process
 
 _GONE_WITHIN: Final = 10.0
-"""Seconds that an export or job may take to end."""
+"""Seconds that an export may take to end; a job has as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +77,17 @@ async def detach(client: QmpClient, pair: PairName | None, *, keep_tracking: boo
     :raise QemuUnreachable: the same, between two commands.
     """
     work = _Detach(client, await query_capabilities(client), pair)
-    with client.subscribe("BLOCK_EXPORT_DELETED", "JOB_STATUS_CHANGE") as events:
-        await work.jobs(events)
+    with client.subscribe("BLOCK_EXPORT_DELETED") as events:
+        await work.jobs()
         await work.exports(events)
     await work.nodes(Kind.ACCESS, "snapshot-access node")
     await work.filters()
     await work.nodes(Kind.FLEECE, "fleece")
+    await work.nodes(Kind.MAP, "bitmap image")
+    await work.nodes(Kind.MAP_FILE, "bitmap file")
+    await work.nodes(Kind.STAGING, "staging file")
     await work.nbd_server()
-    if not keep_tracking:
-        await work.bitmaps()
+    await work.bitmaps(tracking=not keep_tracking)
     return DetachReport(not work.left, tuple(work.removed), tuple(work.left))
 
 
@@ -118,18 +123,20 @@ class _Detach:
                     break
         self.left += [LeftOver(name, f"it did not end within {_GONE_WITHIN:g} s", hint) for name in sorted(remaining)]
 
-    async def jobs(self, events: EventStream) -> None:
-        async def there() -> set[str]:
-            return {job["id"] for job in await self.client.execute(commands.query_jobs()) if self._ours(job["id"])}
-
+    async def jobs(self) -> None:
+        there = [job["id"] for job in await self.client.execute(commands.query_jobs()) if self._ours(job["id"])]
+        if not there:
+            return
+        try:
+            await end_jobs(self.client, self._ours)
+        except QemuError as error:
+            if isinstance(error, CommandInDoubt | QemuUnreachable):
+                raise
+        left = {job["id"]: job for job in await self.client.execute(commands.query_jobs())}
+        self.removed += [f"job {job}" for job in there if job not in left]
         hint = "look at it with query-jobs, then run this again"
-        asked = {
-            job
-            for job in sorted(await there())
-            if await self._try(commands.job_cancel(job), name=job, what=f"job {job}", hint=hint)
-        }
-        if asked:
-            await self._wait_until_gone(asked, there, events, hint)
+        why = f"it did not end within {_GONE_WITHIN:g} s"
+        self.left += [LeftOver(job, why, hint) for job in there if job in left]
 
     async def exports(self, events: EventStream) -> None:
         async def there() -> set[str]:
@@ -230,13 +237,17 @@ class _Detach:
             hint="look at it with query-block-exports, then run this again",
         )
 
-    async def bitmaps(self) -> None:
+    async def bitmaps(self, *, tracking: bool) -> None:
+        """Remove bitmaps.
+
+        :param tracking: also those that track changes; else only what a look at one of them has left.
+        """
         entries = await self.client.execute(commands.query_named_block_nodes())
         for entry in entries:
             node = NodeName(entry.get("node-name", ""))
             for bitmap in entry.get("dirty-bitmaps", ()):
                 name = BitmapName(bitmap.get("name", ""))
-                if not self._ours(name):
+                if not self._ours(name) or not (tracking or is_a_look(name)):
                     continue
                 await self._try(
                     commands.bitmap_remove(node, name),

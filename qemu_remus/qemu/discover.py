@@ -54,9 +54,17 @@ async def discover(client: QmpClient, capabilities: Capabilities) -> tuple[VmDis
     """
     graph = await read_graph(client, capabilities)
     disks = list_disks(graph.devices, graph.below)
-    return tuple(
-        [replace(disk, iothread=await in_iothread(client, disk.qdev)) if disk.qdev else disk for disk in disks]
-    )
+    return tuple([await _with_device(client, disk) if disk.qdev else disk for disk in disks])
+
+
+async def _with_device(client: QmpClient, disk: VmDisk) -> VmDisk:
+    """A disk with what its device says."""
+    iothread = await in_iothread(client, disk.qdev)
+    try:
+        model = str(await client.execute(commands.qom_get(commands.qom_path(disk.qdev), "type")))
+    except CommandFailed:
+        model = ""
+    return replace(disk, iothread=iothread, model=model)
 
 
 async def in_iothread(client: QmpClient, qdev: str) -> bool | None:

@@ -14,10 +14,14 @@ from typing import Any, Final
 from qemu_remus.core.errors import ConfigError, DiskUnsupported, UnknownDisk
 from qemu_remus.core.model import NAME_LIMIT, DiskName, NodeName, QdevPath
 from qemu_remus.qemu.capabilities import Capabilities, version_text
+from qemu_remus.qemu.faults import Fault
 from qemu_remus.qemu.nodes import Kind, clashing, is_ours, kind_of
 
 _NO_NODE: Final = NodeName("")
-_PERIPHERAL: Final = re.compile(r"/machine/peripheral/([^/]+)(?:/virtio-backend)?\Z")
+# virtio's are called "virtio-backend", usb-storage's has a path of its own
+_PERIPHERAL: Final = re.compile(r"/machine/peripheral/([^/]+)(?:/.*)?\Z")
+# Their writes are ioctls: bitmaps do not see them, and a filter fails them.
+_PASS_THROUGH: Final = frozenset({"scsi-block", "scsi-generic"})
 _FORBIDDEN: Final = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -35,6 +39,7 @@ class VmDisk:
     :param driver: the format of ``node``, or of our filter where that is in.
     :param filename: for people.
     :param iothread: whether its I/O runs in a thread of its own; None where that could not be found out.
+    :param model: its device's type; empty where QEMU does not say.
     :param cdrom: removable, and with a tray.
     :param hidden_below: our filter, where that is in and what is below it cannot be seen; else empty.
     """
@@ -49,6 +54,7 @@ class VmDisk:
     driver: str
     filename: str
     iothread: bool | None = None
+    model: str = ""
     cdrom: bool = False
     hidden_below: NodeName = _NO_NODE
 
@@ -96,7 +102,7 @@ def list_disks(
     """Read the answer to ``query-block``.
 
     :param below: what :func:`below_filters` found.
-    :return: in QEMU's order; ``iothread`` is not known yet.
+    :return: in QEMU's order; ``iothread`` and ``model`` are not known yet.
     """
     taken: set[str] = set()
     return tuple(_disk(entry, below or {}, taken) for entry in query_block)
@@ -164,20 +170,44 @@ def obstacle(disk: VmDisk, capabilities: Capabilities) -> Obstacle | None:
         if disk.size:
             return Obstacle("its node has no name", "start the VM with node-name= for it", quiet=False)
         return Obstacle("it has no medium", "give it one", quiet=True)
+    if disk.model in _PASS_THROUGH:
+        return Obstacle(
+            f"its device, {disk.model}, hands the guest's SCSI commands to the host's disk past QEMU's block layer,"
+            " where nobody sees what they change",
+            "give the guest the same disk as scsi-hd",
+            quiet=False,
+        )
     if disk.read_only:
         return Obstacle("it is read-only, so there is nothing to replicate", "copy it once, by hand", quiet=True)
     if is_ours(disk.node):
         return Obstacle(f"its node {disk.node} is one of ours", "run qemu-remus detach first", quiet=False)
     if disk.size <= 0:
         return Obstacle("it is empty (0 bytes)", "resize it, or leave it out", quiet=True)
-    if disk.iothread is not False and not capabilities.pull_safe_in_iothread:
+    if needs_push(disk, capabilities) and not capabilities.push:
         version = version_text(capabilities.version)
         if disk.iothread:
-            what = f"its I/O runs in an iothread, where QEMU {version} aborts when the replication filter is read"
+            what = (
+                f"its I/O runs in an iothread, where QEMU {version} aborts when it is exported, and push is not there"
+            )
         else:
-            what = f"whether its I/O runs in an iothread cannot be seen, and there QEMU {version} may abort"
+            what = f"whether its I/O runs in an iothread cannot be seen, and QEMU {version} has no push"
         return Obstacle(what, "use QEMU 10.0 or later, or start the VM without iothread= for this disk", quiet=False)
     return None
+
+
+def needs_push(disk: VmDisk, capabilities: Capabilities) -> bool:
+    """Whether a disk must not be exported, so that its data have to leave QEMU by a job."""
+    return disk.iothread is not False and not capabilities.pull_safe_in_iothread
+
+
+def adding_needs_pause(disk: VmDisk, capabilities: Capabilities) -> bool:
+    """Whether a node that is added over a disk while the guest runs ends QEMU."""
+    return disk.iothread is not False and capabilities.has_fault(Fault.IOTHREAD_GRAPH)
+
+
+def is_continued(before: VmDisk | None, disk: VmDisk) -> bool:
+    """What was recorded of a disk until now is true of it still."""
+    return before is not None and before.node == disk.node and before.size <= disk.size
 
 
 def choose_disks(

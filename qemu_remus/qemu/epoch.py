@@ -38,7 +38,17 @@ from qemu_remus.core.model import BitmapName, EpochNumber, Generation, NodeName,
 from qemu_remus.qemu import commands
 from qemu_remus.qemu.commands import Action, Command
 from qemu_remus.qemu.disks import VmDisk
-from qemu_remus.qemu.nodes import BitmapIdentity, Kind, access_node, filter_node, fleece_node, is_ours, kind_of
+from qemu_remus.qemu.nodes import (
+    WINDOW,
+    BitmapIdentity,
+    Kind,
+    access_node,
+    filter_node,
+    fleece_node,
+    is_ours,
+    kind_of,
+    scratch_bitmap,
+)
 
 CLUSTER: Final = 65536
 """Bytes that the replication filter copies at a time; QEMU's least, for a fleece that is a plain file."""
@@ -81,6 +91,7 @@ class BitmapLook:
 
     :param count: dirty bytes.
     :param granularity: bytes per bit.
+    :param inconsistent: it was loaded from an image that was not closed in order: it may only be removed.
     """
 
     name: BitmapName
@@ -88,6 +99,18 @@ class BitmapLook:
     granularity: int
     recording: bool
     busy: bool
+    inconsistent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tracked:
+    """One of our bitmaps on a disk.
+
+    :param recording: it records what the guest writes; else it is complete.
+    """
+
+    identity: BitmapIdentity
+    recording: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +141,15 @@ class Capture:
     :param disks: those with dirty blocks, in the attachment's order; empty for an epoch of nothing.
     :param pause_seconds: from the sending of our first command that had to find the VM paused to the reply to the last
         one: with our own pause, from ``stop`` to ``cont``.
+    :param confirmed: QEMU was asked whether everything is where it was put. While somebody waits with a paused VM there
+        is no time for it: then it is asked before the first read.
     """
 
     finished: BitmapIdentity
     following: BitmapIdentity
     disks: tuple[CapturedDisk, ...]
     pause_seconds: float
+    confirmed: bool = True
 
     @property
     def epoch(self) -> EpochNumber:
@@ -141,16 +167,24 @@ class DeviceLook:
     """What a guest's device is attached to, and the bitmaps of that node.
 
     :param node: None where there is no medium.
+    :param size: bytes; 0 where that is not known.
     """
 
     node: NodeName | None
     bitmaps: Mapping[BitmapName, BitmapLook]
+    size: int = 0
 
 
 def _bitmaps(entries: Iterable[Mapping[str, Any]]) -> dict[BitmapName, BitmapLook]:
     return {
         BitmapName(entry["name"]): BitmapLook(
-            BitmapName(entry["name"]), entry["count"], entry["granularity"], entry["recording"], entry["busy"]
+            BitmapName(entry["name"]),
+            entry["count"],
+            entry["granularity"],
+            entry["recording"],
+            entry["busy"],
+            # QEMU shows it only where it is so.
+            bool(entry.get("inconsistent", False)),
         )
         for entry in entries
         if "name" in entry  # the filter's own have none
@@ -170,7 +204,11 @@ def look_at_devices(query_block: Iterable[Mapping[str, Any]]) -> dict[str, Devic
             looks[commands.qom_path(entry["qdev"])] = (
                 DeviceLook(None, {})
                 if inserted is None
-                else DeviceLook(NodeName(inserted["node-name"]), _bitmaps(inserted.get("dirty-bitmaps", ())))
+                else DeviceLook(
+                    NodeName(inserted["node-name"]),
+                    _bitmaps(inserted.get("dirty-bitmaps", ())),
+                    inserted.get("image", {}).get("virtual-size", 0),
+                )
             )
     return looks
 
@@ -195,15 +233,29 @@ def check_graph(disks: Sequence[VmDisk], devices: Devices) -> None:
             raise GraphChanged(
                 f"disk {disk.name} is gone: the VM has no device {disk.qdev} with a medium any more",
                 safe="the VM was left as it is, and the other disks' changes stay recorded",
-                hint="start the controller again to protect the disks that are there now",
+                hint="if it was unplugged, the others go on without it",
             )
         if look.node != disk.node:
             raise GraphChanged(
                 f"disk {disk.name}: its device has node {look.node}, where {disk.node} was expected",
                 safe="the block graph was left as it is",
-                hint="another tool (a snapshot, a throttle, a backup) changed it; start the controller again when that "
-                "has ended",
+                hint="another tool (a snapshot, a throttle, a backup) changed it; the disk is compared with the "
+                "secondary's as soon as it can be",
             )
+        check_size(disk, look)
+
+
+def check_size(disk: VmDisk, look: DeviceLook) -> None:
+    """See that a disk has the size that we know.
+
+    :raise GraphChanged: when it has not.
+    """
+    if look.size not in (0, disk.size):
+        raise GraphChanged(
+            f"disk {disk.name} has {look.size} bytes, where it had {disk.size}",
+            safe="the VM was left as it is, and its changes stay recorded",
+            hint="where it was made larger, the secondary's copy follows with the next checkpoint",
+        )
 
 
 def dirty_disks(
@@ -217,14 +269,7 @@ def dirty_disks(
     dirty: dict[int, BitmapLook] = {}
     clean: list[int] = []
     for index, disk in enumerate(disks):
-        bitmap = devices[commands.qom_path(disk.qdev)].bitmaps.get(finished.name)
-        if bitmap is None:
-            raise GraphChanged(
-                f"disk {disk.name} has lost its dirty bitmap {finished.name}",
-                safe="the secondary keeps its last checkpoint",
-                hint="somebody removed it; what the guest changed is not known, so that all of the disk must be "
-                "synchronised again",
-            )
+        bitmap = confirmed(disk, devices[commands.qom_path(disk.qdev)].bitmaps, finished)
         if bitmap.count:
             dirty[index] = bitmap
         else:
@@ -232,8 +277,30 @@ def dirty_disks(
     return dirty, clean
 
 
+def confirmed(disk: VmDisk, bitmaps: Mapping[BitmapName, BitmapLook], finished: BitmapIdentity) -> BitmapLook:
+    """A disk's bitmap, which has to be there.
+
+    :raise GraphChanged: when it is not, or cannot be trusted.
+    """
+    bitmap = bitmaps.get(finished.name)
+    if bitmap is None or bitmap.inconsistent:
+        raise GraphChanged(
+            f"disk {disk.name} has lost its dirty bitmap {finished.name}",
+            safe="the secondary keeps its last checkpoint",
+            hint="somebody removed it; what the guest changed is not known, so that all of the disk is compared with "
+            "the secondary's",
+        )
+    return bitmap
+
+
 def insertion(
-    pair: PairName, disk: VmDisk, finished: BitmapIdentity, *, cbw_timeout: int | None, with_access: bool
+    pair: PairName,
+    disk: VmDisk,
+    finished: BitmapIdentity,
+    *,
+    cbw_timeout: int | None,
+    with_access: bool,
+    in_memory: bool = False,
 ) -> list[Command]:
     """The commands that put the replication filter between a device and its disk.
 
@@ -242,13 +309,14 @@ def insertion(
 
     :param cbw_timeout: whole seconds after which the filter gives up a copy; None where QEMU does not have it.
     :param with_access: the ``snapshot-access`` node too.
+    :param in_memory: what the guest overwrites goes into the fleece in memory; else into the one in a file.
     """
     filter_name = filter_node(pair, disk.name, finished.epoch)
     steps = [
         commands.blockdev_add_filter(
             filter_name,
             disk=disk.node,
-            target=fleece_node(pair, disk.name),
+            target=fleece_node(pair, disk.name, in_memory=in_memory),
             bitmap=finished.name,
             cbw_timeout=cbw_timeout,
         ),
@@ -266,25 +334,34 @@ def access_command(pair: PairName, disk: VmDisk, finished: BitmapIdentity) -> Co
     )
 
 
-def removal(pair: PairName, disks: Sequence[VmDisk], devices: Devices, nodes: Iterable[NodeName]) -> list[Command]:
-    """The commands that take out every filter and access node of the pair, of whichever epoch, from what is there now.
+def removal(
+    pair: PairName,
+    disks: Sequence[VmDisk],
+    devices: Devices,
+    nodes: Mapping[NodeName, Mapping[BitmapName, BitmapLook]],
+) -> list[Command]:
+    """The commands that take out every filter and access node of the pair, of whichever epoch, from what is there now;
+    and what a push that was cut short left of its bitmaps.
 
     A device gets its disk node back only if it has a filter of ours at this moment: anything else was put there by
     somebody else, and a device that has its disk node already must not get it again.
     """
     ours = [node for node in nodes if is_ours(node, pair)]
-    steps = [commands.blockdev_del(node) for node in ours if kind_of(node) is Kind.ACCESS]
+    steps = [commands.blockdev_del(node) for node in ours if kind_of(node) in (Kind.ACCESS, Kind.MAP)]
     for disk in disks:
         look = devices.get(commands.qom_path(disk.qdev))
         if look is not None and look.node is not None and is_ours(look.node, pair):
             steps.append(commands.qom_set_drive(disk.qdev, disk.node))
     steps += [commands.blockdev_del(node) for node in ours if kind_of(node) is Kind.FILTER]
+    window = scratch_bitmap(pair, WINDOW).name
+    steps += [commands.bitmap_remove(disk.node, window) for disk in disks if window in nodes.get(disk.node, {})]
     return steps
 
 
 def inserted_nodes(pair: PairName, nodes: Iterable[NodeName]) -> list[NodeName]:
-    """Those of the nodes that are filters and access nodes of the pair."""
-    return sorted(node for node in nodes if is_ours(node, pair) and kind_of(node) in (Kind.ACCESS, Kind.FILTER))
+    """Those of the nodes that a checkpoint of the pair has put in, or its reading."""
+    kinds = (Kind.ACCESS, Kind.FILTER, Kind.MAP)
+    return sorted(node for node in nodes if is_ours(node, pair) and kind_of(node) in kinds)
 
 
 def our_exports(pair: PairName, query_block_exports: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -292,12 +369,12 @@ def our_exports(pair: PairName, query_block_exports: Iterable[Mapping[str, Any]]
     return [entry["id"] for entry in query_block_exports if is_ours(entry["id"], pair)]
 
 
-def exact_count_name(finished: BitmapIdentity) -> BitmapIdentity:
-    """The bitmap into which an epoch's is merged to count its clusters.
+def look_name(recording: BitmapIdentity) -> BitmapIdentity:
+    """The bitmap into which one that records is merged to be looked at, as QEMU exports none that records.
 
-    It has no generation, and base "none", so that nobody who finds it after a crash takes it for a record of anything.
+    Like a scratch bitmap it has no generation; the base makes it another one.
     """
-    return BitmapIdentity(finished.pair, Generation(UUID(int=0)), None, finished.epoch)
+    return BitmapIdentity(recording.pair, Generation(UUID(int=0)), recording.epoch, recording.epoch)
 
 
 def rotation(
@@ -337,15 +414,29 @@ def merging(
     """
     actions = []
     for disk in disks:
-        there = nodes.get(disk.node, {})
+        if disk.node not in nodes:
+            # It was taken out of the VM; nothing of it can be lost.
+            continue
+        there = nodes[disk.node]
         found = [identity.name for identity in old if identity.name in there and identity != into]
+        whole = [name for name in found if not there[name].inconsistent]
         if into.name not in there:
             granularity = granularity_for(disk.size)
             actions.append(commands.bitmap_add_action(disk.node, into.name, granularity=granularity))
+        if whole:
+            actions.append(commands.bitmap_merge_action(disk.node, into.name, whole))
         if found:
-            actions.append(commands.bitmap_merge_action(disk.node, into.name, found))
             actions += [commands.bitmap_remove_action(disk.node, name) for name in found]
     return actions
+
+
+def tracked(pair: PairName, bitmaps: Mapping[BitmapName, BitmapLook]) -> tuple[Tracked, ...]:
+    """The pair's bitmaps among those of one node that can be trusted, oldest epoch first."""
+    return tuple(
+        Tracked(identity, bitmaps[identity.name].recording)
+        for identity in identities(pair, bitmaps)
+        if not bitmaps[identity.name].inconsistent
+    )
 
 
 def identities(pair: PairName, bitmaps: Iterable[BitmapName]) -> tuple[BitmapIdentity, ...]:

@@ -1,4 +1,4 @@
-"""The guardian: a small process that resumes a VM whose controller was killed, or hangs, inside its own pause.
+"""The guardian: a small process beside the controller that ends it when it hangs, and makes good what its end left.
 
 It owns a second way to QEMU for one purpose: ``cont``. It knows nothing of epochs, disks or nodes, and imports nothing
 but the standard library, so that it starts in a few hundredths of a second, stays small, and shares no bug with the
@@ -11,20 +11,31 @@ packet is one message, in ASCII:
 controller            guardian        meaning
 ====================  ==============  ========================================================================
 (started)             ``ready``       signals are set, the socket is being read
+``alive``                             the event loop runs; said :data:`SIGNS` times within the patience
 ``arm SECONDS``       ``armed``       a pause of our own is about to begin, and may last so long
 ``disarm``                            it is over: ``cont`` was answered
+``stay``              ``staying``     the pause is final: the VM is to stay paused, whatever becomes of the controller
 ``resume``            ``resumed`` or  the controller lost its QMP connection inside the pause: resume now
                       ``failed WHY``
+``farewell``                          an orderly end follows: everything is taken out
 (end of file)                         the controller is gone
 ====================  ==============  ========================================================================
 
 ============================  =========================================================
 what happened                 what the guardian does
 ============================  =========================================================
-end of file while armed       resume the VM, exit
-deadline passed while armed   SIGKILL the controller (it hangs), resume the VM, exit
-end of file while not armed   exit; the VM is not touched
+deadline passed while armed   SIGKILL the controller (it hangs); the rest as if it had died
+silence beyond the patience   the same: every message is a sign of life
+death while armed             resume the VM; then as below
+death without farewell        become the clean-up command that it was started with; the
+                              controller's bitmaps in QEMU are for its restart to find
+end of file after farewell    exit; the VM is not touched
 ============================  =========================================================
+
+**Who stood still.** Time counts against the controller only while the guardian itself runs. It looks at the clock
+:data:`SIGNS` times within the patience; a look that comes late by more than such an interval means that the whole
+machine stood still (a suspended laptop, a VM, a frozen group of processes) or that nobody gets any processor time. The
+silence is counted anew from there, and the deadline of a pause moves by as much.
 
 To resume means: connect to QMP, ask ``query-status``, and send ``cont`` only where the answer is ``paused``, which is
 what ``stop`` leaves behind. A VM that stopped for another reason (an I/O error, a panic, a migration) is left alone,
@@ -33,7 +44,8 @@ microseconds: a pause by somebody else who hits just them, with a controller tha
 foreign pause that is taken for our own.
 
 QEMU serves one client per QMP socket, so the guardian is served as soon as the dead controller's connection is closed,
-and ahead of anybody who comes later.
+and ahead of anybody who comes later. For the clean-up it waits in that queue for a few seconds only: where somebody
+else is connected, that is most likely a restarted controller, which cleans up by itself.
 """
 
 from __future__ import annotations
@@ -55,11 +67,18 @@ MESSAGE_LIMIT: Final = 512
 """Longest message in either direction, in bytes."""
 
 READY: Final = b"ready"
+STAYING: Final = b"staying"
 ARMED: Final = b"armed"
 RESUMED: Final = b"resumed"
 FAILED: Final = b"failed"
+ALIVE: Final = b"alive"
 DISARM: Final = b"disarm"
+STAY: Final = b"stay"
 RESUME: Final = b"resume"
+FAREWELL: Final = b"farewell"
+
+SIGNS: Final = 10
+"""Signs of life that a controller gives, and looks that the guardian takes at the clock, within the patience."""
 
 DEFAULT_RESUME_LIMIT: Final = 600.0
 """Seconds for which a VM that should be resumed is tried for. QEMU may be hung, or its socket in use by somebody."""
@@ -76,6 +95,9 @@ _LINE_LIMIT: Final = 1 << 20
 _DEATH_LIMIT: Final = 5.0
 """Seconds to wait for a killed controller to be gone; the QMP socket is waited for in any case."""
 
+_QUEUE_LIMIT: Final = 10.0
+"""Seconds to wait for QEMU's greeting before a clean-up."""
+
 
 def arm_message(seconds: float) -> bytes:
     """The message that arms the guardian for a pause of at most ``seconds``."""
@@ -86,19 +108,41 @@ class Verdict(Enum):
     """What is to be done now."""
 
     WAIT = "wait"
-    EXIT = "exit"
+    KILL = "kill"
     RESUME = "resume"
-    KILL_AND_RESUME = "kill-and-resume"
+    CLEAN_UP = "clean-up"
+    EXIT = "exit"
 
 
 @dataclass(slots=True)
 class Watch:
-    """Armed or not, and until when: the whole state of the guardian.
+    """What is known of the controller: the whole state of the guardian. All times are monotonic seconds.
 
-    :param deadline: monotonic seconds; None while not armed.
+    :param patience: seconds of silence after which the controller hangs, more than 0.
+    :param heard: when it was heard last, or since when its silence counts.
+    :param due: when the guardian means to look next.
+    :param deadline: when a pause of its own must be over; None outside of one.
+    :param parted: it has announced an orderly end.
     """
 
+    patience: float
+    heard: float
+    due: float
     deadline: float | None = None
+    parted: bool = False
+
+    @classmethod
+    def begin(cls, patience: float, now: float) -> Watch:
+        """The watch over a controller that has just started us."""
+        return cls(patience, heard=now, due=now + patience / SIGNS)
+
+    def look(self, now: float) -> None:
+        """Take note of the time, before anything else that is done at it: has the guardian stood still?"""
+        late = now - self.due
+        if late > self.patience / SIGNS:
+            self.heard = now
+            if self.deadline is not None:
+                self.deadline += late
 
     def receive(self, message: bytes, now: float) -> bytes | None:
         """Take one message; ``resume`` is not for here, since it changes nothing.
@@ -106,14 +150,23 @@ class Watch:
         :return: the answer to send, if there is one.
         :raise ValueError: when it is none of ours.
         """
+        answer = None
         if message == DISARM:
             self.deadline = None
-            return None
-        word, _, number = message.partition(b" ")
-        if word != b"arm":
-            raise ValueError(f"not a message: {message!r}")
-        self.deadline = now + float(number)
-        return ARMED
+        elif message == STAY:
+            # Answered: a guardian that has already decided otherwise must not be believed to have heard it.
+            self.deadline = None
+            answer = STAYING
+        elif message == FAREWELL:
+            self.parted = True
+        elif message != ALIVE:
+            word, _, number = message.partition(b" ")
+            if word != b"arm":
+                raise ValueError(f"not a message: {message!r}")
+            self.deadline = now + float(number)
+            answer = ARMED
+        self.heard = now
+        return answer
 
     def verdict(self, *, gone: bool, now: float) -> Verdict:
         """Decide.
@@ -121,14 +174,21 @@ class Watch:
         :param gone: the controller has ended.
         """
         if gone:
-            return Verdict.EXIT if self.deadline is None else Verdict.RESUME
+            if self.deadline is not None:
+                return Verdict.RESUME
+            return Verdict.EXIT if self.parted else Verdict.CLEAN_UP
         if self.deadline is not None and now >= self.deadline:
-            return Verdict.KILL_AND_RESUME
+            return Verdict.KILL
+        if not self.parted and now - self.heard >= self.patience:
+            return Verdict.KILL
         return Verdict.WAIT
 
-    def time_left(self, now: float) -> float | None:
-        """Seconds until the deadline, at least 0; None while not armed."""
-        return None if self.deadline is None else max(0.0, self.deadline - now)
+    def sleep(self, now: float) -> float:
+        """Seconds until the next look, at least 0."""
+        self.due = now + self.patience / SIGNS
+        if self.deadline is not None:
+            self.due = min(self.due, max(now, self.deadline))
+        return self.due - now
 
 
 class ResumeFailed(Exception):
@@ -228,36 +288,59 @@ def _resume_once(path: str, deadline: float) -> str:
 
 
 class _Loop:
-    """The guardian's one loop, over the controller's socket and its pidfd."""
+    """The guardian's one loop, over the controller's socket and its pidfd.
 
-    def __init__(self, control: socket.socket, controller: int, path: str, limit: float) -> None:
+    :param limit: seconds for which a VM that should run is tried for.
+    :param command: what cleans up behind a controller that died; empty for nothing.
+    """
+
+    def __init__(
+        self, control: socket.socket, controller: int, path: str, *, patience: float, limit: float, command: list[str]
+    ) -> None:
         self._control = control
         self._controller = controller
         self._path = path
         self._limit = limit
-        self._watch = Watch()
+        self._command = command
+        self._watch = Watch.begin(patience, time.monotonic())
         self._gone = False
 
     def run(self) -> int:
         self._answer(READY)
+        verdict = self._wait()
+        if verdict is Verdict.KILL:
+            why = "is silent" if self._watch.deadline is None else "did not end its pause in time, or is silent"
+            _log(f"the controller {why}: killing it")
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._controller, signal.SIGKILL)
+            self._has_ended(_DEATH_LIMIT)
+            verdict = self._watch.verdict(gone=True, now=time.monotonic())
+        if verdict is Verdict.RESUME:
+            if self._resume() != RESUMED:
+                return 1
+            self._watch.deadline = None
+            verdict = self._watch.verdict(gone=True, now=time.monotonic())
+        if verdict is Verdict.CLEAN_UP and self._command:
+            return self._clean_up()
+        return 0
+
+    def _wait(self) -> Verdict:
+        """Watch until there is something to do."""
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         poll.register(self._controller, select.POLLIN)
         while True:
-            verdict = self._watch.verdict(gone=self._gone, now=time.monotonic())
-            if verdict is not Verdict.WAIT:
-                break
-            left = self._watch.time_left(time.monotonic())
-            ready = poll.poll(None if left is None else left * 1000 + 1)
+            now = time.monotonic()
+            self._watch.look(now)
             self._drain()
+            verdict = self._watch.verdict(gone=self._gone, now=now)
+            if verdict is not Verdict.WAIT:
+                return verdict
+            ready = poll.poll(self._watch.sleep(time.monotonic()) * 1000 + 1)
             if any(fd == self._controller for fd, _ in ready):
+                # What it said before counts, and then no more comes.
+                self._drain()
                 self._gone = True
-        if verdict is Verdict.EXIT:
-            return 0
-        if verdict is Verdict.KILL_AND_RESUME:
-            _log("the controller did not end its pause in time: killing it")
-            self._kill()
-        return 0 if self._resume() == RESUMED else 1
 
     def _drain(self) -> None:
         """Take every message that is there: what a controller said before it died still counts."""
@@ -285,12 +368,11 @@ class _Loop:
         with contextlib.suppress(OSError):
             self._control.send(message[:MESSAGE_LIMIT], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._controller, signal.SIGKILL)
+    def _has_ended(self, limit: float) -> bool:
+        """Whether the controller has ended, waiting for it if it must."""
         poll = select.poll()
         poll.register(self._controller, select.POLLIN)
-        poll.poll(_DEATH_LIMIT * 1000)
+        return bool(poll.poll(limit * 1000))
 
     def _resume(self) -> bytes:
         try:
@@ -302,6 +384,23 @@ class _Loop:
             _log("resumed the VM, which its controller had left paused")
         return RESUMED
 
+    def _clean_up(self) -> int:
+        """Become the clean-up, unless QEMU is gone or serves somebody else; does not return then."""
+        if not self._has_ended(self._limit):
+            _log("the controller does not die: what it has in QEMU stays there")
+            return 1
+        try:
+            _Qmp(self._path, time.monotonic() + _QUEUE_LIMIT).close()
+        except (OSError, ValueError) as error:
+            _log(f"no clean-up after the controller's end, since QEMU is gone or serves somebody else: {error}")
+            return 0
+        _log("the controller died: taking out what it left in QEMU, except for its bitmaps")
+        try:
+            os.execv(self._command[0], self._command)
+        except OSError as error:
+            _log(f"cannot run {self._command[0]}: {error}")
+        return 1
+
 
 def _log(text: str) -> None:
     with contextlib.suppress(OSError):
@@ -311,20 +410,31 @@ def _log(text: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Guard one controller until it ends.
 
-    :return: 0 where nothing was to do or the VM runs again, 1 where it could not be resumed.
+    :return: 0 where nothing was to do or all is well again, 1 where the VM could not be resumed or cleaned.
     """
     parser = argparse.ArgumentParser(prog="guardian", description="Started by qemu-remus primary, never by hand.")
     parser.add_argument("--qmp", required=True, help="QEMU's QMP socket")
     parser.add_argument("--control-fd", required=True, type=int, help="our end of the socket pair")
     parser.add_argument("--controller-fd", required=True, type=int, help="a pidfd of the controller")
+    parser.add_argument("--patience", required=True, type=float, help="seconds of silence until it is killed")
     parser.add_argument("--resume-limit", type=float, default=DEFAULT_RESUME_LIMIT, help="seconds")
+    parser.add_argument("command", nargs="*", help="clean-up after a death without farewell; a full path and arguments")
     options = parser.parse_args(arguments)
     # Ctrl-C and a service manager's SIGTERM reach the whole group: whoever guards outlives the controller, and its end
     # shows as the end of file.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    for fd in (options.control_fd, options.controller_fd):
+        os.set_inheritable(fd, False)
     with socket.socket(fileno=options.control_fd) as control:
-        return _Loop(control, options.controller_fd, options.qmp, options.resume_limit).run()
+        return _Loop(
+            control,
+            options.controller_fd,
+            options.qmp,
+            patience=options.patience,
+            limit=options.resume_limit,
+            command=options.command,
+        ).run()
 
 
 if __name__ == "__main__":

@@ -13,18 +13,17 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import trio
 
-from qemu_remus.core.errors import CommandFailed, ConfigError, DiskUnsupported
+from qemu_remus.core.errors import CommandFailed, ConfigError
 from qemu_remus.core.model import PairName
 from qemu_remus.qemu import commands
 from qemu_remus.qemu.client import PeerCredentials, QmpClient
-from qemu_remus.qemu.nodes import is_ours
+from qemu_remus.qemu.nodes import foreign_exports
 
 _NAME: Final = re.compile(r"qemu-remus-nbd-[0-9a-f]{8}-[0-9]+\.sock\Z")
 _PATH_LIMIT: Final = 107
@@ -86,18 +85,12 @@ def find_our_server(qemu: PeerCredentials) -> Path | None:
     return next((path for path in candidates if _listener(path) == qemu.pid), None)
 
 
-def foreign_exports(query_block_exports: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Ids of the NBD exports that are not ours."""
-    return [entry["id"] for entry in query_block_exports if entry["type"] == "nbd" and not is_ours(entry["id"])]
-
-
-async def start_server(client: QmpClient, qemu: PeerCredentials, runtime_dir: Path, pair: PairName) -> Path:
+async def start_server(client: QmpClient, qemu: PeerCredentials, runtime_dir: Path, pair: PairName) -> Path | None:
     """Start QEMU's NBD server on a socket of ours, or take over the one that a crashed controller left.
 
     :param qemu: from :func:`qemu_remus.qemu.process.qemu_process`.
-    :return: where it listens.
+    :return: where it listens; None where somebody else has started it, and it was left as it is.
     :raise ConfigError: when the directory's name is too long.
-    :raise DiskUnsupported: when somebody else has started the server.
     """
     left = await trio.to_thread.run_sync(find_our_server, qemu)
     if left is not None:
@@ -108,11 +101,7 @@ async def start_server(client: QmpClient, qemu: PeerCredentials, runtime_dir: Pa
     except CommandFailed as error:
         if "already running" not in error.desc:
             raise
-        raise DiskUnsupported(
-            "QEMU's NBD server is in use by somebody else, and a QEMU process has only one",
-            safe="it was left as it is",
-            hint="let its user end (query-block-exports shows who; nbd-server-stop stops it), then start again",
-        ) from error
+        return None
     return path
 
 

@@ -15,11 +15,11 @@ bitmap's name says in full what the bitmap means.  Nothing whose name does not p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from qemu_remus.core.model import Base, BitmapName, DiskName, EpochNumber, Generation, NodeName, PairName
@@ -28,7 +28,7 @@ NODE_NAME_LIMIT: Final = 31
 """QEMU's longest node name, in bytes."""
 
 _EPOCH_MODULUS: Final = 1 << 24
-_NODE: Final = re.compile(r"qemu-remus-([0-9a-f]{8})-([ftae])([0-9a-f]{4})([0-9a-f]{6})\Z")
+_NODE: Final = re.compile(r"qemu-remus-([0-9a-f]{8})-([ftaesmqj])([0-9a-f]{4})([0-9a-f]{6})\Z")
 _BITMAP: Final = re.compile(
     r"qemu-remus\.([A-Za-z0-9][A-Za-z0-9_-]{0,63})\.([0-9a-f]{32})\.(none|[1-9][0-9]{0,17})\.([1-9][0-9]{0,17})\Z"
 )
@@ -41,6 +41,10 @@ class Kind(StrEnum):
     FLEECE = "t"
     ACCESS = "a"
     EXPORT = "e"
+    STAGING = "s"
+    MAP_FILE = "m"
+    MAP = "q"
+    JOB = "j"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,12 @@ class BitmapIdentity:
         )
 
 
+def is_a_look(name: str) -> bool:
+    """Whether a bitmap of ours tracks nothing, but was made to look into others; such a one has no generation."""
+    identity = BitmapIdentity.parse(name)
+    return identity is not None and not identity.generation.int
+
+
 def _digest(text: str, digits: int) -> str:
     return sha256(text.encode()).hexdigest()[:digits]
 
@@ -95,9 +105,12 @@ def access_node(pair: PairName, disk: DiskName, epoch: EpochNumber) -> NodeName:
     return _node(pair, Kind.ACCESS, disk, epoch)
 
 
-def fleece_node(pair: PairName, disk: DiskName) -> NodeName:
-    """The disk's fleece, which serves one epoch after the other."""
-    return _node(pair, Kind.FLEECE, disk, 0)
+def fleece_node(pair: PairName, disk: DiskName, *, in_memory: bool = False) -> NodeName:
+    """The disk's fleece, which serves one epoch after the other.
+
+    :param in_memory: the one in memory; else the one in a file.
+    """
+    return _node(pair, Kind.FLEECE, disk, int(in_memory))
 
 
 def export_id(pair: PairName, disk: DiskName, epoch: EpochNumber) -> str:
@@ -108,6 +121,43 @@ def export_id(pair: PairName, disk: DiskName, epoch: EpochNumber) -> str:
 def live_export_id(pair: PairName, disk: DiskName) -> str:
     """The NBD export of the live disk for the initial sync: there is no epoch 0, so no other export has its name."""
     return _node(pair, Kind.EXPORT, disk, 0)
+
+
+def staging_node(pair: PairName, disk: DiskName) -> NodeName:
+    """The file into which a job copies an epoch's clusters."""
+    return _node(pair, Kind.STAGING, disk, 0)
+
+
+def map_file_node(pair: PairName, disk: DiskName) -> NodeName:
+    """The file that carries bitmaps in and out of QEMU."""
+    return _node(pair, Kind.MAP_FILE, disk, 0)
+
+
+def map_node(pair: PairName, disk: DiskName) -> NodeName:
+    """The image in that file, there for some milliseconds only."""
+    return _node(pair, Kind.MAP, disk, 0)
+
+
+def job_id(pair: PairName, disk: DiskName) -> str:
+    """The job that copies from the access node."""
+    return _node(pair, Kind.JOB, disk, 0)
+
+
+def scratch_bitmap(pair: PairName, epoch: EpochNumber) -> BitmapIdentity:
+    """A bitmap that records nothing: no generation and base "none", so that nobody ever takes it for a record.
+
+    :param epoch: whose clusters are counted or copied with it.
+    """
+    return BitmapIdentity(pair, Generation(UUID(int=0)), None, epoch)
+
+
+WINDOW: Final = EpochNumber(10**18 - 1)
+"""In the place of an epoch's number in the names of what is put in to read a part of a live disk."""
+
+
+def foreign_exports(query_block_exports: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Ids of the NBD exports that are not ours."""
+    return [entry["id"] for entry in query_block_exports if entry["type"] == "nbd" and not is_ours(entry["id"])]
 
 
 def clashing(disks: Iterable[DiskName]) -> tuple[DiskName, DiskName] | None:

@@ -1,298 +1,148 @@
-"""What a QEMU and its disks allow, line by line, each lack with what to do about it.
+"""The doctor: what a QEMU, its disks and the host around it allow, each lack with what to do about it.
 
-:func:`probe` only asks; what the answers mean is decided in :func:`evaluate`, which is pure.
+:func:`probe` only asks: QMP queries, and looks at /proc, /sys and directories; nothing is changed anywhere.  What the
+answers mean is decided by :func:`qemu_remus.qemu.probe_checks.evaluate`, which is pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+import trio
 
 from qemu_remus.core.errors import CommandFailed
-from qemu_remus.core.model import DiskName, NodeName, QdevPath
+from qemu_remus.core.model import DiskName
 from qemu_remus.qemu import commands
-from qemu_remus.qemu.capabilities import (
-    FAULTS,
-    NEEDED,
-    OPTIONAL,
-    Capabilities,
-    Fault,
-    Feature,
-    query_capabilities,
-    version_text,
-)
+from qemu_remus.qemu.block_tree import BlockTrees, TreeNode
+from qemu_remus.qemu.capabilities import Capabilities, Feature, query_capabilities
 from qemu_remus.qemu.client import QmpClient
 from qemu_remus.qemu.commands import Command
 from qemu_remus.qemu.discover import discover
-from qemu_remus.qemu.disks import VmDisk, obstacle
-from qemu_remus.qemu.nbd_server import foreign_exports
-from qemu_remus.qemu.nodes import is_ours
+from qemu_remus.qemu.disks import VmDisk
+from qemu_remus.qemu.host import look_at_host
+from qemu_remus.qemu.probe_checks import evaluate
+from qemu_remus.qemu.probe_model import Intent, Observations, ProbeReport, WriteRate
+from qemu_remus.qemu.process import qemu_process
 
-_WITHOUT: Mapping[Feature, str] = {
-    Feature.CBW_TIMEOUT: "a fleece directory that stalls can then hold up a guest's write for longer",
-    Feature.NODE_CHILDREN: "the experimental x-debug-query-block-graph serves instead",
-    Feature.BLOCK_GRAPH: "the children in query-named-block-nodes serve instead",
-}
-
-
-class Level(StrEnum):
-    """How much a finding matters."""
-
-    OK = "ok"
-    WARN = "warn"
-    NO = "no"
-    """The VM cannot be protected as it is."""
+SAMPLE_SECONDS: Final = 0.5
+"""For so long a running guest's writes are counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report.
-
-    :param subject: what it is about.
-    :param hint: what to do; empty where there is nothing to do.
-    """
-
-    level: Level
-    subject: str
-    text: str
-    hint: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ProbedDisk:
-    """One disk of the VM.
-
-    :param size: bytes.
-    :param why: why it cannot be protected; empty where it can.
-    """
-
-    name: DiskName
-    node: NodeName
-    qdev: QdevPath
-    size: int
-    protectable: bool
-    why: str
-    hint: str
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeReport:
-    """What a QEMU and its disks allow.
-
-    :param ok: ``qemu-remus primary`` without ``--disk`` would start.
-    :param version: QEMU's.
-    :param machine: QEMU's machine type; empty where it does not say.
-    """
-
-    ok: bool
-    version: str
-    machine: str
-    findings: tuple[Finding, ...]
-    disks: tuple[ProbedDisk, ...]
-
-    def lines(self) -> list[str]:
-        """The report for a person."""
-        lines = []
-        for finding in self.findings:
-            lines.append(f"{finding.level:<4} {finding.subject}: {finding.text}")
-            if finding.hint:
-                lines.append(f"     -> {finding.hint}")
-        return lines
-
-
-@dataclass(frozen=True, slots=True)
-class Observations:
-    """The answers that a report is made of; what QEMU would not tell is empty."""
-
-    capabilities: Capabilities
-    package: str = ""
-    machine: str = ""
-    status: str = ""
-    kvm: bool | None = None
-    disks: Sequence[VmDisk] = ()
-    nodes: Sequence[Mapping[str, Any]] = ()
-    exports: Sequence[Mapping[str, Any]] = ()
-    jobs: Sequence[Mapping[str, Any]] = ()
-
-
-async def probe(client: QmpClient) -> ProbeReport:
+async def probe(client: QmpClient, intent: Intent | None = None, *, sample: float = SAMPLE_SECONDS) -> ProbeReport:
     """Ask a QEMU what it is and what its disks allow; nothing is changed.
 
+    :param intent: what ``qemu-remus primary`` would be told.
+    :param sample: seconds for which a running guest's writes are counted; 0: they are not.
     :raise QemuUnreachable: when it does not answer.
     """
-    capabilities = await query_capabilities(client)
+    return evaluate(await _Doctor(client, await query_capabilities(client)).look(intent or Intent(), sample))
 
-    async def ask(command: Command, default: Any) -> Any:
+
+class _Doctor:
+    def __init__(self, client: QmpClient, capabilities: Capabilities) -> None:
+        self._client = client
+        self._capabilities = capabilities
+
+    async def look(self, intent: Intent, sample: float) -> Observations:
+        status = (await self._ask(commands.query_status(), {})).get("status", "")
+        before, began = await self._written(), trio.current_time()
         try:
-            return await client.execute(command)
+            disks = await discover(self._client, self._capabilities)
+        except CommandFailed:
+            disks = ()
+        devices = await self._ask(commands.query_block(), [])
+        nodes = await self._ask(commands.query_named_block_nodes(), [])
+        trees = BlockTrees(nodes, await self._ask(commands.query_block_graph(), None))
+        look = partial(look_at_host, fleece_memory=intent.fleece_memory)
+        host = await trio.to_thread.run_sync(
+            look, await qemu_process(self._client), intent.fleece_dir, intent.runtime_dir
+        )
+        seen = Observations(
+            capabilities=self._capabilities,
+            intent=intent,
+            package=self._client.package,
+            name=(await self._ask(commands.query_name(), {})).get("name", ""),
+            machine=await self._ask(commands.qom_get("/machine", "type"), ""),
+            status=status,
+            kvm=await self._kvm(),
+            disks=disks,
+            trees=_trees(trees, disks, devices),
+            devices={disk.name: disk.model for disk in disks},
+            peripherals=await self._peripherals(),
+            io_status={disk.name: _entry(disk, devices).get("io-status", "ok") for disk in disks},
+            nodes=nodes,
+            exports=await self._ask(commands.query_block_exports(), []),
+            jobs=await self._ask(commands.query_jobs(), []),
+            sockets=await self._sockets(),
+            host=host,
+        )
+        if status != "running" or sample <= 0 or before is None:
+            return seen
+        await trio.sleep_until(began + sample)
+        return _with_writes(seen, before, await self._written(), trio.current_time() - began)
+
+    async def _ask(self, command: Command, default: Any) -> Any:
+        try:
+            return await self._client.execute(command)
         except CommandFailed:
             # An older QEMU lacks the command: the report must come all the same.
             return default
 
-    try:
-        disks = await discover(client, capabilities)
-    except CommandFailed:
-        disks = ()
-    return evaluate(
-        Observations(
-            capabilities=capabilities,
-            package=client.package,
-            machine=await ask(commands.qom_get("/machine", "type"), ""),
-            status=(await ask(commands.query_status(), {})).get("status", ""),
-            kvm=(await ask(commands.query_kvm(), {})).get("enabled"),
-            disks=disks,
-            nodes=await ask(commands.query_named_block_nodes(), []),
-            exports=await ask(commands.query_block_exports(), []),
-            jobs=await ask(commands.query_jobs(), []),
-        )
-    )
+    async def _kvm(self) -> bool | None:
+        if Feature.ACCELERATORS in self._capabilities:
+            accelerators = await self._ask(commands.query_accelerators(), {})
+            return accelerators["enabled"] == "kvm" if accelerators else None
+        enabled: bool | None = (await self._ask(commands.query_kvm(), {})).get("enabled")
+        return enabled
+
+    async def _peripherals(self) -> dict[str, str]:
+        """Types of the devices that were asked for, by id; those without one by their place."""
+        found = {}
+        for path in ("/machine/peripheral", "/machine/peripheral-anon"):
+            for entry in await self._ask(commands.qom_list(path), []):
+                if entry["type"].startswith("child<"):
+                    found[entry["name"]] = entry["type"][6:-1]
+        return found
+
+    async def _sockets(self) -> str:
+        queries = (commands.query_chardev(), commands.query_vnc(), commands.query_spice())
+        return "\n".join([json.dumps(await self._ask(query, None)) for query in queries])
+
+    async def _written(self) -> tuple[int, int] | None:
+        """Operations and bytes that the guest has written since QEMU started."""
+        entries = await self._ask(commands.query_blockstats(), None)
+        if entries is None:
+            return None
+        stats = [entry.get("stats", {}) for entry in entries]
+        return sum(one.get("wr_operations", 0) for one in stats), sum(one.get("wr_bytes", 0) for one in stats)
 
 
-def evaluate(seen: Observations) -> ProbeReport:
-    """Turn what was seen into a report."""
-    findings = [*_about_qemu(seen), *_about_features(seen.capabilities)]
-    disks = tuple(_probed(disk, seen.capabilities) for disk in seen.disks)
-    findings += _about_disks(seen, disks)
-    findings += _about_others(seen)
-    findings += _about_us(seen)
-    return ProbeReport(
-        ok=all(finding.level is not Level.NO for finding in findings),
-        version=version_text(seen.capabilities.version),
-        machine=seen.machine.removesuffix("-machine"),
-        findings=tuple(findings),
-        disks=disks,
-    )
+def _with_writes(
+    seen: Observations, before: tuple[int, int], after: tuple[int, int] | None, seconds: float
+) -> Observations:
+    if after is None or seconds <= 0:
+        return seen
+    operations, written = (max(0, new - old) / seconds for old, new in zip(before, after, strict=True))
+    return replace(seen, writes=WriteRate(operations, written))
 
 
-def _about_qemu(seen: Observations) -> Iterator[Finding]:
-    version = version_text(seen.capabilities.version)
-    yield Finding(Level.OK, "QEMU", f"{version} ({seen.package})" if seen.package else version)
-    if seen.machine:
-        accelerator = "" if seen.kvm is None else " under KVM" if seen.kvm else " without KVM"
-        yield Finding(Level.OK, "machine", seen.machine.removesuffix("-machine") + accelerator)
-    if seen.status == "running":
-        yield Finding(Level.OK, "VM", "running")
-    elif seen.status:
-        yield Finding(
-            Level.WARN,
-            "VM",
-            f"not running ({seen.status})",
-            "checkpoints by interval are taken of a running VM only, and a VM that we did not stop we never resume",
-        )
+def _entry(disk: VmDisk, devices: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The disk's entry in the answer to ``query-block``."""
+    found = (one for one in devices if (one.get("qdev", ""), one.get("device", "")) == (disk.qdev, disk.device))
+    return next(found, {})
 
 
-def _about_features(capabilities: Capabilities) -> Iterator[Finding]:
-    for feature in NEEDED:
-        if feature in capabilities:
-            yield Finding(Level.OK, "needed", f"{feature.purpose}: {feature.path}")
-        else:
-            yield Finding(
-                Level.NO,
-                "needed",
-                f"{feature.purpose}: QEMU lacks {feature.path}",
-                "move the VM to QEMU 7.1 or later",
-            )
-    for feature in sorted(OPTIONAL, key=lambda feature: feature.path):
-        if feature in capabilities:
-            yield Finding(Level.OK, "optional", f"{feature.purpose}: {feature.path}")
-        else:
-            yield Finding(Level.OK, "optional", f"{feature.purpose}: absent; {_WITHOUT[feature]}")
-    if Feature.NODE_CHILDREN not in capabilities and Feature.BLOCK_GRAPH not in capabilities:
-        yield Finding(
-            Level.WARN,
-            "optional",
-            "this QEMU does not show what is below a filter",
-            "after a crash of the controller, detach may need help with qom-set",
-        )
-
-
-def _probed(disk: VmDisk, capabilities: Capabilities) -> ProbedDisk:
-    problem = obstacle(disk, capabilities)
-    return ProbedDisk(
-        disk.name,
-        disk.node,
-        disk.qdev,
-        disk.size,
-        protectable=problem is None,
-        why="" if problem is None else problem.what,
-        hint="" if problem is None else problem.hint,
-    )
-
-
-def _about_disks(seen: Observations, probed: Sequence[ProbedDisk]) -> Iterator[Finding]:
-    for disk, result in zip(seen.disks, probed, strict=True):
-        text = f"node {disk.node or 'none'}, device {disk.qdev or 'none'}, {_size(disk.size)}, {disk.driver or 'empty'}"
-        problem = obstacle(disk, seen.capabilities)
-        if problem is None:
-            yield Finding(Level.OK, f"disk {disk.name}", f"can be protected ({text})")
-        else:
-            level = Level.WARN if problem.quiet else Level.NO
-            yield Finding(level, f"disk {disk.name}", f"cannot be protected: {result.why} ({text})", result.hint)
-    if not any(result.protectable for result in probed):
-        yield Finding(Level.NO, "disks", "none of them can be protected", "give the VM a writable disk")
-    good = [disk for disk, result in zip(seen.disks, probed, strict=True) if result.protectable]
-    for index, disk in enumerate(good):
-        twin = next((other for other in good[:index] if other.filename and other.filename == disk.filename), None)
-        if twin is not None:
-            yield Finding(
-                Level.WARN,
-                f"disk {disk.name}",
-                f"is on the same image as {twin.name} ({disk.filename}), and neither sees the other's writes",
-                "name with --disk the one that the guest uses",
-            )
-    if seen.kvm is False and seen.capabilities.has_fault(Fault.IOTHREAD_STOP_TCG):
-        for disk in good:
-            if disk.iothread:
-                (what,) = (row.what for row in FAULTS if row.fault is Fault.IOTHREAD_STOP_TCG)
-                yield Finding(Level.WARN, f"disk {disk.name}", what, "use KVM, or no iothread= for this disk")
-
-
-def _size(size: int) -> str:
-    value, unit = float(size), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.4g} {unit}"
-
-
-def _about_others(seen: Observations) -> Iterator[Finding]:
-    others = foreign_exports(seen.exports)
-    if others:
-        yield Finding(
-            Level.NO,
-            "NBD server",
-            f"in use by somebody else (exports {', '.join(others)}), and a QEMU process has only one",
-            "let its user end first: query-block-exports shows the exports, nbd-server-stop stops it",
-        )
-    else:
-        yield Finding(Level.OK, "NBD server", "no export of anybody else's")
-    for job in seen.jobs:
-        if not is_ours(job["id"]):
-            yield Finding(
-                Level.WARN,
-                f"job {job['id']}",
-                f"somebody else's {job['type']} job is {job['status']}",
-                "it may hold a disk's node: if the controller is refused, let the job end first",
-            )
-
-
-def _about_us(seen: Observations) -> Iterator[Finding]:
-    nodes = {node.get("node-name", "") for node in seen.nodes}
-    bitmaps = {bitmap.get("name", "") for node in seen.nodes for bitmap in node.get("dirty-bitmaps", ())}
-    things = sorted(name for name in nodes | {entry["id"] for entry in seen.exports} if is_ours(name))
-    if things:
-        yield Finding(
-            Level.WARN,
-            "qemu-remus",
-            f"is in this QEMU already: {', '.join(things)}",
-            "a controller is at work on another QMP socket, or has crashed: a restart cleans up, and so does"
-            " qemu-remus detach",
-        )
-    ours = sorted(name for name in bitmaps if is_ours(name))
-    if ours:
-        yield Finding(
-            Level.OK, "qemu-remus", f"tracks changes for a restart: {', '.join(ours)}", "qemu-remus detach ends that"
-        )
+def _trees(
+    trees: BlockTrees, disks: Sequence[VmDisk], devices: Sequence[Mapping[str, Any]]
+) -> dict[DiskName, TreeNode]:
+    found = {}
+    for disk in disks:
+        top = _entry(disk, devices).get("inserted", {}).get("node-name", "")
+        tree = trees.below(top, (disk.qdev, disk.device, disk.qdev.removesuffix("/virtio-backend").rpartition("/")[2]))
+        if tree is not None:
+            found[disk.name] = tree
+    return found

@@ -32,15 +32,21 @@ def owner_of(thread: int, proc: Path = Path("/proc")) -> PeerCredentials | None:
         return None
 
 
-async def qemu_process(client: QmpClient) -> PeerCredentials:
-    """QEMU's own process id and effective ids; the listener's where QEMU's own cannot be learned.
+async def own_process(client: QmpClient) -> PeerCredentials | None:
+    """QEMU's own process id and effective ids, as its threads have them here; None where they cannot be learned.
 
     :raise QemuUnreachable: when QEMU does not answer.
     """
     try:
         cpus = await client.execute(commands.query_cpus_fast())
     except CommandFailed:
-        return client.peer
-    if not cpus:
-        return client.peer
-    return await trio.to_thread.run_sync(owner_of, cpus[0]["thread-id"]) or client.peer
+        return None
+    return await trio.to_thread.run_sync(owner_of, cpus[0]["thread-id"]) if cpus else None
+
+
+async def qemu_process(client: QmpClient) -> PeerCredentials:
+    """QEMU's own process id and effective ids; the listener's where QEMU's own cannot be learned.
+
+    :raise QemuUnreachable: when QEMU does not answer.
+    """
+    return await own_process(client) or client.peer

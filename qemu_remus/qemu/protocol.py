@@ -124,9 +124,9 @@ class QmpSession:
         self._require(Runstate.RUNNING)
         ident = f"{self._prefix}{self._next_id}"
         self._next_id += 1
-        message = Message({"execute": command.name, "arguments": dict(command.arguments), "id": ident})
-        self._outstanding[ident] = message
-        return ident, bytes(message) + b"\n"
+        message = {"execute": command.name, "arguments": dict(command.arguments), "id": ident}
+        self._outstanding[ident] = Message(message, eager=False)
+        return ident, msgspec.json.encode(message) + b"\n"
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
         """Take bytes from the server, any number of them.

@@ -1,7 +1,8 @@
 """How an epoch's data leave QEMU: the seam between capturing a checkpoint and reading it.
 
-*Pull* is what there is: an NBD export of the checkpoint's view with its bitmap, which we read. A *push* (a job in QEMU
-that copies the changed clusters into a file of ours) fits behind the same interface.
+*Pull*, the usual one: an NBD export of the checkpoint's view with its bitmap, which we read. *Push*, where an export
+would be unsafe or is not to be had: a job in QEMU copies the changed clusters into a file of ours
+(:mod:`qemu_remus.qemu.push`). One VM may have disks of both kinds.
 """
 
 from __future__ import annotations
@@ -14,24 +15,44 @@ from typing import Protocol, Self
 import trio
 
 from qemu_remus.core.errors import QemuRemusError
-from qemu_remus.core.model import PairName
-from qemu_remus.nbd.batches import Batch
-from qemu_remus.nbd.reader import BatchStream, read_allocated, read_dirty
+from qemu_remus.core.model import BitmapName, PairName
+from qemu_remus.nbd.batches import Batch, Run
+from qemu_remus.nbd.reader import BatchStream, find_dirty, read_allocated, read_dirty
 from qemu_remus.qemu.client import QmpClient
 from qemu_remus.qemu.disks import VmDisk
-from qemu_remus.qemu.epoch import Capture, CapturedDisk
+from qemu_remus.qemu.epoch import BitmapLook, Capture, CapturedDisk
 from qemu_remus.qemu.exports import exported
 from qemu_remus.qemu.nodes import export_id, live_export_id
+from qemu_remus.qemu.push import Push
 
 
 class Transport(Protocol):
     """A way for disk contents out of QEMU. One disk at a time."""
 
-    def read(self, capture: Capture, disk: CapturedDisk) -> AbstractAsyncContextManager[BatchStream]:
+    def enters_graph(self, disk: VmDisk) -> bool:
+        """Whether it puts nodes over a disk to read it live."""
+
+    def read(self, capture: Capture, disk: CapturedDisk) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
         """The contents of one disk's changed blocks at the checkpoint, in ascending order."""
 
-    def read_live(self, index: int, disk: VmDisk) -> AbstractAsyncContextManager[BatchStream]:
-        """The contents of a whole disk while the guest writes to it, in ascending order."""
+    def read_live(
+        self, index: int, disk: VmDisk, *, start: int = 0
+    ) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """The contents of a whole disk while the guest writes to it, in ascending order.
+
+        :param start: bytes from the disk's start that are left out, a multiple of 64 KiB.
+        """
+
+    def read_part(self, index: int, disk: VmDisk, part: Run) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """As :meth:`read_live`, of a part that is soon read."""
+
+    async def find_dirty(self, disk: VmDisk, bitmap: BitmapName, part: Run, granularity: int) -> list[Run]:
+        """What a bitmap that does not record names in a part of its disk, in ascending order."""
+
+    def read_ahead(
+        self, index: int, disk: VmDisk, bitmap: BitmapLook
+    ) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """The contents of a bitmap's blocks while the guest writes to them, in ascending order."""
 
 
 class _Batches:
@@ -55,7 +76,7 @@ class _Batches:
 
 @asynccontextmanager
 async def one_after_the_other(
-    sources: Sequence[Callable[[], AbstractAsyncContextManager[BatchStream]]],
+    sources: Sequence[Callable[[], AbstractAsyncContextManager[AsyncIterator[Batch]]]],
 ) -> AsyncIterator[AsyncIterator[Batch]]:
     """Several disks' batches as one stream. Each source is opened when the one before it is closed, in a task of its
     own, so that whoever consumes may leave the context at any moment."""
@@ -95,6 +116,10 @@ class Pull:
         self._pair = pair
         self._server = server
 
+    def enters_graph(self, disk: VmDisk) -> bool:
+        """See :class:`Transport`: an export is beside the guest's path."""
+        return False
+
     @asynccontextmanager
     async def read(self, capture: Capture, disk: CapturedDisk) -> AsyncIterator[BatchStream]:
         """See :class:`Transport`. The epoch's bitmap is busy meanwhile: no merge, no removal."""
@@ -114,11 +139,88 @@ class Pull:
             yield batches
 
     @asynccontextmanager
-    async def read_live(self, index: int, disk: VmDisk) -> AsyncIterator[BatchStream]:
+    async def read_live(self, index: int, disk: VmDisk, *, start: int = 0) -> AsyncIterator[BatchStream]:
+        """See :class:`Transport`."""
+        export = live_export_id(self._pair, disk.name)
+        # The reader takes the disk's end as it finds it.
+        within = Run(start, 1 << 62) if start else None
+        async with (
+            exported(self._client, export, disk.node),
+            read_allocated(self._server, export, disk=index, within=within) as batches,
+        ):
+            yield batches
+
+    @asynccontextmanager
+    async def read_part(self, index: int, disk: VmDisk, part: Run) -> AsyncIterator[BatchStream]:
         """See :class:`Transport`."""
         export = live_export_id(self._pair, disk.name)
         async with (
             exported(self._client, export, disk.node),
-            read_allocated(self._server, export, disk=index) as batches,
+            read_allocated(self._server, export, disk=index, within=part, connections=1) as batches,
         ):
             yield batches
+
+    async def find_dirty(self, disk: VmDisk, bitmap: BitmapName, part: Run, granularity: int) -> list[Run]:
+        """See :class:`Transport`. The bitmap is busy meanwhile."""
+        export = live_export_id(self._pair, disk.name)
+        async with exported(self._client, export, disk.node, bitmaps=[(disk.node, bitmap)]):
+            return await find_dirty(self._server, export, bitmap, within=part, granularity=granularity)
+
+    @asynccontextmanager
+    async def read_ahead(self, index: int, disk: VmDisk, bitmap: BitmapLook) -> AsyncIterator[BatchStream]:
+        """See :class:`Transport`. The bitmap is busy meanwhile."""
+        export = live_export_id(self._pair, disk.name)
+        async with (
+            exported(self._client, export, disk.node, bitmaps=[(disk.node, bitmap.name)]),
+            read_dirty(
+                self._server,
+                export,
+                bitmap.name,
+                disk=index,
+                dirty_bytes=bitmap.count,
+                granularity=bitmap.granularity,
+            ) as batches,
+        ):
+            yield batches
+
+
+class ByDisk:
+    """Push for the disks that it serves, pull for the others.
+
+    :param pull: None where every disk is read by push.
+    """
+
+    def __init__(self, pull: Pull | None, push: Push) -> None:
+        self._pull = pull
+        self._push = push
+
+    def _way(self, disk: VmDisk) -> Transport:
+        return self._push if self._pull is None or self._push.serves(disk) else self._pull
+
+    def enters_graph(self, disk: VmDisk) -> bool:
+        """See :class:`Transport`."""
+        return self._way(disk).enters_graph(disk)
+
+    def read(self, capture: Capture, disk: CapturedDisk) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """See :class:`Transport`."""
+        return self._way(disk.disk).read(capture, disk)
+
+    def read_live(
+        self, index: int, disk: VmDisk, *, start: int = 0
+    ) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """See :class:`Transport`."""
+        return self._way(disk).read_live(index, disk, start=start)
+
+    def read_part(self, index: int, disk: VmDisk, part: Run) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """See :class:`Transport`."""
+        return self._way(disk).read_part(index, disk, part)
+
+    async def find_dirty(self, disk: VmDisk, bitmap: BitmapName, part: Run, granularity: int) -> list[Run]:
+        """See :class:`Transport`."""
+        return await self._way(disk).find_dirty(disk, bitmap, part, granularity)
+
+    def read_ahead(
+        self, index: int, disk: VmDisk, bitmap: BitmapLook
+    ) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """See :class:`Transport`."""
+        return self._way(disk).read_ahead(index, disk, bitmap)

@@ -24,14 +24,14 @@ class Writable(Protocol):
     def flush(self) -> None: ...
 
 
-def apply_epochs(journal: Journal, epochs: Sequence[EpochNumber], targets: Sequence[Writable]) -> int:
+def apply_epochs(journal: Journal, epochs: Sequence[EpochNumber], targets: Sequence[Writable | None]) -> int:
     """Write committed epochs to the images, in order, and flush all of these.
 
     When this returns, the superblock may say that the last one is applied, and after that the journal may be trimmed.
     Memory: one record of the journal.
 
     :param epochs: from :attr:`Journal.unapplied`, beginning with its first.
-    :param targets: one per disk, in the order that extents refer to.
+    :param targets: one per disk, in the order that extents refer to; None for a disk that none of them writes to.
     :return: bytes of data written, zeroes not counted.
     :raise NoSpace, WriteFailed: an image could not be written: parts of the epochs may be in it. Once the cause is
         gone, reset the targets and apply again from the same epoch on.
@@ -43,9 +43,9 @@ def apply_epochs(journal: Journal, epochs: Sequence[EpochNumber], targets: Seque
             for extents, data in journal.read_epoch(epoch):
                 position = 0
                 for extent in extents:
-                    if extent.disk >= len(targets):
+                    target = targets[extent.disk] if extent.disk < len(targets) else None
+                    if target is None:
                         raise InternalError(f"epoch {epoch} writes to disk {extent.disk} of {len(targets)}")
-                    target = targets[extent.disk]
                     if extent.zero:
                         target.zero(extent.offset, extent.length)
                     else:
@@ -53,7 +53,8 @@ def apply_epochs(journal: Journal, epochs: Sequence[EpochNumber], targets: Seque
                         position += extent.length
                 written += position
         for target in targets:
-            target.flush()
+            if target is not None:
+                target.flush()
     except (NoSpace, WriteFailed) as error:
         _pass_on(error)
     return written

@@ -6,7 +6,7 @@ Framed document (the superblock)::
 
     offset  size  field
          0     8  magic "QREMUSSB"
-         8     4  version, 1
+         8     4  version: 2; 1 is read as well (in it no disk is "gone" or has "room")
         12     4  length of the body in bytes
         16     4  CRC32C of the body
         20     4  CRC32C of bytes 0 to 19
@@ -29,11 +29,11 @@ Segment header; the first block (4,096 bytes) of every journal segment holds it,
         88     4  reserved, 0
         92     4  CRC32C of bytes 0 to 91
 
-Record header; a record starts at a multiple of 8, and at a multiple of 4,096 behind a record of any type but EXTENTS::
+Record header; a record starts at a multiple of 8, and, behind one of any type but EXTENTS and DISKS, of 4,096::
 
     offset  size  field
          0     4  magic "QREC"
-         4     1  type: 1 EXTENTS, 2 END, 3 COMMIT, 4 ABORT, 5 TRIM
+         4     1  type: 1 EXTENTS, 2 END, 3 COMMIT, 4 ABORT, 5 TRIM, 6 DISKS
          5     1  flags, 0
          6     2  reserved, 0
          8     4  length of the payload in bytes
@@ -59,7 +59,7 @@ Payload of EXTENTS::
 Extent::
 
     offset  size  field
-         0     4  disk: index into the pair's disks
+         0     4  disk: index into the superblock's disks
          4     4  flags: bit 0 the range reads as zeroes
          8     8  offset in bytes
         16     8  length in bytes, more than 0
@@ -70,13 +70,21 @@ Payload of END (the epoch is staged), COMMIT (it counts) and ABORT (it is droppe
          0     8  base of the epoch
          8     8  number of extents
         16     8  bytes of data
-        24     4  digest: CRC32C over the payload checksums of the epoch's EXTENTS records, 4 bytes each, in order
+        24     4  digest: CRC32C over the payload checksums of the epoch's EXTENTS and DISKS records, 4 bytes each, in
+                  order
         28     4  reserved, 0
 
 Payload of TRIM (epoch 0)::
 
     offset  size  field
          0     8  incarnation of the oldest segment that still counts
+
+Payload of DISKS: the disks at the epoch's checkpoint.  An epoch without it has those of the epoch before it::
+
+    offset  size  field
+         0     4  number of disks
+         4     4  reserved, 0
+         8  16*n  disks, each: index into the superblock's disks 4; reserved, 0, 4; size in bytes 8
 """
 
 from __future__ import annotations
@@ -98,6 +106,12 @@ BLOCK: Final = 4096
 """What storage is taken to write as a unit: no block that holds something durable is ever written again."""
 
 VERSION: Final = 1
+"""Of a segment."""
+
+DOCUMENT_VERSION: Final = 2
+DOCUMENT_VERSIONS: Final = (1, 2)
+"""What is written, and what is read."""
+
 DOCUMENT_HEADER_SIZE: Final = 24
 SEGMENT_HEADER_SIZE: Final = 96
 RECORD_HEADER_SIZE: Final = 80
@@ -113,7 +127,11 @@ _COUNT = struct.Struct("<II")
 _EXTENT = struct.Struct("<IIQQ")
 _TOTALS = struct.Struct("<QQQII")
 _TRIM = struct.Struct("<Q")
+_DISK = struct.Struct("<IIQ")
 _ZERO_FLAG: Final = 1
+
+DiskTable = tuple[tuple[int, int], ...]
+"""The disks at a checkpoint: index into the superblock's disks, and size in bytes, more than 0; by index."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -126,7 +144,11 @@ class RecordType(IntEnum):
     COMMIT = 3
     ABORT = 4
     TRIM = 5
+    DISKS = 6
 
+
+OF_CONTENTS: Final = frozenset({RecordType.EXTENTS, RecordType.DISKS})
+"""What an epoch consists of: it counts only with the END or COMMIT behind it, and no sync follows it."""
 
 _KNOWN_TYPES: Final = frozenset(int(kind) for kind in RecordType)
 
@@ -209,15 +231,15 @@ def record_size(length: int) -> int:
 def next_offset(kind: RecordType, offset: int, length: int) -> int:
     """Where the record behind one of this type, place and payload length starts.
 
-    A sync follows every record but EXTENTS; what comes next must not touch a block that is durable.
+    A sync follows every record but those; what comes next must not touch a block that is durable.
     """
     end = offset + record_size(length)
-    return end if kind is RecordType.EXTENTS else align(end, BLOCK)
+    return end if kind in OF_CONTENTS else align(end, BLOCK)
 
 
 def pack_document(body: bytes) -> bytes:
     """Frame a superblock's JSON."""
-    head = _DOCUMENT.pack(_DOCUMENT_MAGIC, VERSION, len(body), crc32c(body))
+    head = _DOCUMENT.pack(_DOCUMENT_MAGIC, DOCUMENT_VERSION, len(body), crc32c(body))
     return head + _CHECKSUM.pack(crc32c(head)) + body
 
 
@@ -232,8 +254,9 @@ def unpack_document(data: bytes) -> bytes:
     if crc32c(head[:-4]) != _CHECKSUM.unpack(head[-4:])[0]:
         raise FormatError("the header's checksum is wrong")
     _, version, length, checksum = _DOCUMENT.unpack(head[:-4])
-    if version != VERSION:
-        raise FormatError(f"the file's format version is {version}; this program reads version {VERSION}")
+    if version not in DOCUMENT_VERSIONS:
+        known = " and ".join(map(str, DOCUMENT_VERSIONS))
+        raise FormatError(f"the file's format version is {version}; this program reads versions {known}")
     body = data[DOCUMENT_HEADER_SIZE:]
     if len(body) != length:
         raise FormatError(f"the file holds {len(body)} bytes where its header says {length}")
@@ -403,6 +426,26 @@ def unpack_trim(payload: bytes) -> int:
     return int(_TRIM.unpack(payload)[0])
 
 
+def pack_disks(table: DiskTable) -> bytes:
+    """Payload of a DISKS record."""
+    return _COUNT.pack(len(table), 0) + b"".join(_DISK.pack(index, 0, size) for index, size in table)
+
+
+def unpack_disks(payload: bytes) -> DiskTable:
+    """Read the payload of a DISKS record.
+
+    :raise FormatError: its length is not that of its table, or a disk is in it twice, out of order, or empty.
+    """
+    if len(payload) >= _COUNT.size:
+        count, _ = _COUNT.unpack_from(payload)
+        if len(payload) == _COUNT.size + count * _DISK.size:
+            table = tuple((index, size) for index, _, size in _DISK.iter_unpack(memoryview(payload)[_COUNT.size :]))
+            indices = [index for index, _ in table]
+            if indices == sorted(set(indices)) and all(size for _, size in table):
+                return table
+    raise FormatError("a table of disks is cut short, or contradicts itself")
+
+
 def extend_digest(digest: int, payload_checksum: int) -> int:
-    """An epoch's digest after one more EXTENTS record with this payload checksum."""
+    """An epoch's digest after one more EXTENTS or DISKS record with this payload checksum."""
     return crc32c(_CHECKSUM.pack(payload_checksum), digest)

@@ -15,7 +15,7 @@ Calls block.  One thread may write while another reads committed epochs and trim
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -198,6 +198,17 @@ class Journal:
         with self._lock:
             entry.add(segment, record, len(extents), len(data))
 
+    def set_disks(self, epoch: EpochNumber, disks: fmt.DiskTable) -> None:
+        """Say which disks there are at the checkpoint of the epoch that was begun; nothing is synced.
+
+        :raise NoSpace, WriteFailed: as :meth:`append`.
+        """
+        entry = self._begun(epoch)
+        segment, record = self._log.write(RecordType.DISKS, epoch, (fmt.pack_disks(disks),))
+        with self._lock:
+            entry.disks = disks
+            entry.add(segment, record, 0, 0)
+
     def stage(self, epoch: EpochNumber) -> None:
         """Make the epoch that was begun durable as a whole; it stays in doubt until its commit or abort.
 
@@ -271,8 +282,22 @@ class Journal:
         :raise InternalError: it is not committed, or was trimmed away.
         :raise JournalDamaged: what was sound when it was written is not any more.
         """
+        yield from self._read("committed", epoch, self._unapplied)
+
+    def read_staged(self, epoch: EpochNumber) -> Iterator[tuple[Extent, ...]]:
+        """The extents of an epoch in doubt, as :meth:`read_epoch`.
+
+        :raise InternalError: it is not staged.
+        :raise JournalDamaged: as :meth:`read_epoch`.
+        """
+        for extents, _ in self._read("staged", epoch, self._staged):
+            yield extents
+
+    def _read(
+        self, kind: str, epoch: EpochNumber, entries: Mapping[EpochNumber, EpochEntry]
+    ) -> Iterator[tuple[tuple[Extent, ...], memoryview]]:
         with self._lock:
-            entry = self._unapplied.get(epoch)
+            entry = entries.get(epoch)
             spans = () if entry is None else tuple(entry.spans)
         if entry is None:
             raise InternalError(f"epoch {epoch} is to be read and is not there")
@@ -282,13 +307,19 @@ class Journal:
                 record = read_record(self._files, span.segment, offset)
                 if record is None or record.payload is None:
                     raise damaged(
-                        f"{span.segment.path} is damaged at offset {offset}, in committed epoch {epoch}",
+                        f"{span.segment.path} is damaged at offset {offset}, in {kind} epoch {epoch}",
                         safe="the images hold everything up to the last applied epoch, and perhaps parts of later ones",
                     )
                 header = record.header
                 if header.type is RecordType.EXTENTS and header.epoch == epoch:
                     yield _extents(span.segment, record.payload, offset)
                 offset = header.next_offset
+
+    def disks_of(self) -> dict[EpochNumber, fmt.DiskTable]:
+        """The disks of those epochs in :attr:`unapplied` and :attr:`staged` that say so themselves, oldest first."""
+        with self._lock:
+            entries = sorted([*self._unapplied.items(), *self._staged.items()], key=lambda item: item[0])
+            return {epoch: entry.disks for epoch, entry in entries if entry.disks is not None}
 
     def trim(self, applied: EpochNumber) -> None:
         """Forget committed epochs up to ``applied``; whole segments become free by it.

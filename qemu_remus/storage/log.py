@@ -36,7 +36,8 @@ RESERVE: Final = 4 * fmt.BLOCK
 SAFE: Final = "every epoch that was acknowledged before stays in the journal"
 _TRIM_RESERVE: Final = 2 * fmt.BLOCK
 _REOPEN: Final = (
-    "restart the controller: it reads back what is really there; look at the kernel log for the device's errors"
+    "look at the kernel log for the device's errors; the journal is opened again by itself, and reads back what is "
+    "really there"
 )
 
 

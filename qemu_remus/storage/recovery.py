@@ -10,7 +10,7 @@ unless something behind it proves that it had been durable: every record says up
 durable when it was written.  Such a proof makes it damage.  So does a missing record in an older segment, and an end
 before the superblock's floor.
 
-**What is dropped.** Everything behind the last END, COMMIT, ABORT or TRIM: a bad tail, and the EXTENTS of an epoch
+**What is dropped.** Everything behind the last END, COMMIT, ABORT or TRIM: a bad tail, and the contents of an epoch
 without an end.  The journal wipes it before it goes on there, so that none of it can come back.
 """
 
@@ -159,7 +159,7 @@ def replay(files: Files, found: Found, identity: Identity, applied: Base) -> Non
             except FormatError as error:
                 raise damaged(f"{segment.path}, offset {record.header.offset}: {error.what}") from error
             offset, sequence = record.header.next_offset, sequence + 1
-            if record.header.type is not RecordType.EXTENTS:
+            if record.header.type not in fmt.OF_CONTENTS:
                 found.position, found.sequence = offset, sequence
     try:
         book.finish()
@@ -171,7 +171,7 @@ def replay(files: Files, found: Found, identity: Identity, applied: Base) -> Non
 def _sound_records(files: Files, segment: Segment, applied: int) -> Iterator[Record]:
     """Records in order, up to the first bad one."""
     for header in walk_headers(files, segment):
-        wanted = header.type is not RecordType.EXTENTS or header.epoch > applied
+        wanted = header.type not in fmt.OF_CONTENTS or header.epoch > applied
         record = read_record(files, segment, header.offset, with_payload=wanted)
         if record is None or (wanted and record.payload is None):
             return
@@ -226,8 +226,8 @@ class _Bookkeeper:
         found = self._found
         found.highest_epoch = max(found.highest_epoch, header.epoch)
         epoch = EpochNumber(header.epoch)
-        if header.type is RecordType.EXTENTS:
-            self._extents(segment, header, record.payload, epoch)
+        if header.type in fmt.OF_CONTENTS:
+            self._contents(segment, header, record.payload, epoch)
         elif header.type is RecordType.END:
             assert record.payload is not None
             self._end(segment, fmt.unpack_totals(record.payload), epoch)
@@ -237,12 +237,16 @@ class _Bookkeeper:
         elif header.type is RecordType.ABORT:
             found.staged.pop(epoch, None)
 
-    def _extents(self, segment: Segment, header: RecordHeader, payload: bytes | None, epoch: EpochNumber) -> None:
+    def _contents(self, segment: Segment, header: RecordHeader, payload: bytes | None, epoch: EpochNumber) -> None:
         if payload is None:
             return
         if self._building is None or self._building.epoch != epoch:
             self._building = EpochEntry(epoch, Totals(None, 0, 0, 0))
-        self._building.add(segment, header, *fmt.data_length(payload))
+        if header.type is RecordType.DISKS:
+            self._building.disks = fmt.unpack_disks(payload)
+            self._building.add(segment, header, 0, 0)
+        else:
+            self._building.add(segment, header, *fmt.data_length(payload))
 
     def _end(self, segment: Segment, totals: Totals, epoch: EpochNumber) -> None:
         if epoch > self._applied:

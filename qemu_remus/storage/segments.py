@@ -76,6 +76,7 @@ class EpochEntry:
 
     :param totals: complete once the epoch is staged or committed; its base counts only then.
     :param spans: where its EXTENTS are, in order; records of other epochs may stand between them.
+    :param disks: the disks at its checkpoint, where it says so itself; else they are those of the one before it.
     :param oldest: incarnation of the first segment with something of it; None while there is nothing.
     """
 
@@ -83,9 +84,10 @@ class EpochEntry:
     totals: Totals
     oldest: int | None = None
     spans: list[Span] = field(default_factory=list)
+    disks: fmt.DiskTable | None = None
 
     def add(self, segment: Segment, record: RecordHeader, extents: int, payload: int) -> None:
-        """Count one more EXTENTS record."""
+        """Count one more EXTENTS record; or one of DISKS, which has no extents."""
         before = self.totals
         self.totals = Totals(
             before.base,

@@ -9,36 +9,50 @@ Two threads may be in it at a time: one that takes epochs in, and one that appli
 from __future__ import annotations
 
 import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from pathlib import Path
+from itertools import chain
 from typing import Final, Self
 
-from qemu_remus.core.errors import ConfigError, InternalError, StorageError, TargetUnsuitable
+from qemu_remus.core.comparison import count_blocks
+from qemu_remus.core.errors import InternalError, NoSpace, StorageError, TargetUnsuitable
 from qemu_remus.core.extents import Extent
-from qemu_remus.core.model import Base, DiskName, DiskSpec, EpochNumber, Generation, InstanceId, Role
-from qemu_remus.core.secondary_machine import Failover, Phase, SecondaryState
+from qemu_remus.core.model import Base, DiskSpec, EpochNumber, Generation, InstanceId, Role
+from qemu_remus.core.secondary_machine import SecondaryState
 from qemu_remus.core.settings import SecondaryConfig
+from qemu_remus.storage.any_target import revive
 from qemu_remus.storage.apply import apply_epochs
+from qemu_remus.storage.compare import Written, compare_blocks
+from qemu_remus.storage.discard import discarded
 from qemu_remus.storage.files import OsFiles
 from qemu_remus.storage.journal import Journal, remove_other_journals
 from qemu_remus.storage.lock import lock_store
 from qemu_remus.storage.memory import check_owner
+from qemu_remus.storage.places import (
+    Places,
+    sizes_held,
+    specs_at,
+    table_of,
+    with_free_places,
+    with_places,
+    with_table,
+)
+from qemu_remus.storage.qemu_images import check_images
+from qemu_remus.storage.recovered import recovered_state
 from qemu_remus.storage.recovery import Recovery
 from qemu_remus.storage.superblock import (
     JOURNAL_NAME,
-    PastGeneration,
     StoredDisk,
-    StoredDiskState,
     Superblock,
     SyncAttempt,
     read_superblock,
     write_superblock,
 )
 from qemu_remus.storage.superblock import Failover as StoredFailover
-from qemu_remus.storage.targets import Target, prepare_target, reopen_target
+from qemu_remus.storage.transitions import with_applied, with_failover_finished, with_generation_begun
 
 APPLY_AT_ONCE: Final = 16
 """Most committed epochs that one call of :meth:`Store.apply_some` takes."""
@@ -55,30 +69,43 @@ class Store:
         self._writing = threading.Lock()
         self._applying = threading.Lock()
         self._journal: Journal | None = None
-        self._targets: list[Target] = []
+        self._places = Places(config, self._lost)
+        # The link's disks, in its order: their indices in the superblock, and their sizes.
+        self._link: tuple[tuple[int, int], ...] = ()
         self._applied: Base = superblock.applied
         self._in_doubt = False
+        self._written: dict[EpochNumber, Written] = {}
         self.failing_over = superblock.failover is not None
-        self.recovered = SecondaryState(superblock.pair, superblock.instance, self._specs())
+        self.decided = superblock.decided
+        """When the last commit was, as whoever decides says; saved now and then."""
+        self.on_lost: Callable[[str], None] = lambda what: None
+        self.recovered = SecondaryState(superblock.pair, superblock.instance, ())
 
     @classmethod
     def open(cls, config: SecondaryConfig) -> Self:
         """Lock the store, made where it is missing, recover what is in it, and open the targets.
 
-        :raise ConfigError: it belongs to another pair, or its disks are others than the ones given.
+        :raise ConfigError: it belongs to another pair, its disks are others than the ones given, or this host lacks
+            what they need.
         :raise StoreLocked: another process uses it.
         :raise StorageError: it, or a target, is damaged or cannot be used.
         """
+        check_images(config.disks.values())
         with ExitStack() as cleanup:
             cleanup.enter_context(lock_store(config.store))
             superblock = read_superblock(OsFiles(), config.store)
             if superblock is None:
                 superblock = Superblock(config.pair, Role.SECONDARY, InstanceId(uuid.uuid4()))
+            if config.discard is not None and superblock.pair == config.pair:
+                superblock = discarded(superblock, config.discard, config.disks)
             check_owner(config.store, superblock, config.pair, Role.SECONDARY)
-            superblock = _with_disks(superblock, config.disks)
+            superblock = with_places(superblock, config)
             store = cls(config, cleanup.pop_all(), superblock)
         try:
             store._write_superblock(superblock)
+            if superblock.generation is None:
+                # Of what was given up, or of a beginning that was cut short.
+                store._remove_journals(keep=None)
             store._recover()
         except BaseException:
             store.close()
@@ -92,11 +119,46 @@ class Store:
                 if not self._journal.poisoned:
                     # Not saved, the same epochs are applied once more after a restart.
                     with suppress(StorageError):
-                        self._save_applied(trim=False)
+                        self._save_applied(self._applied, trim=False)
                 self._journal.close()
                 self._journal = None
-            self._release_targets()
+            self._places.release()
         self._cleanup.close()
+
+    def reopen(self) -> SecondaryState:
+        """Close all but the lock, and open it again as a restart does: from what the devices really hold.
+
+        After a write or sync that failed nothing else tells what became of it.  An image is brought up from the last
+        flush that went well, since the superblock names that one.
+
+        :return: what it holds.
+        :raise StorageError: it cannot be used yet; it stays poisoned, and this may be called again.
+        """
+        with self._applying:
+            self._in_doubt = True
+            journal, self._journal = self._journal, None
+            if journal is not None:
+                journal.close()
+            self._places.release()
+            self._written = {}
+            superblock = read_superblock(self._files, self._config.store)
+            if superblock is None:
+                raise StorageError(
+                    f"the superblock in {self._config.store} is gone",
+                    safe="nothing was changed",
+                    hint="bring the directory's file system back as it was",
+                )
+            # Which of two is durable, the one that is there or an older one, is not known before it is written again.
+            self._write_superblock(superblock)
+            self._applied = superblock.applied
+            self.failing_over = self.failing_over or superblock.failover is not None
+            try:
+                self._recover()
+            except StorageError:
+                self._places.release()
+                raise
+            self._in_doubt = False
+            return self.recovered
 
     def _recover(self) -> None:
         block = self._superblock
@@ -112,31 +174,26 @@ class Store:
                 applied=block.applied,
                 limit=self._config.journal_limit_bytes,
             )
-            self._reopen([(Path(disk.path), disk.size) for disk in block.disks])
-        committed = recovery.committed if recovery is not None else block.committed
-        failover = block.failover
+            self._places.reopen(block.disks, sizes_held(block, self._journal))
+            self._link = table_of(block.disks)
+        staged = recovery.staged if recovery is not None else ()
         self.recovered = replace(
-            self.recovered,
-            phase=_phase(failover),
-            generation=block.generation,
-            history=tuple((past.generation, past.ended_at) for past in block.history if past.ended_at is not None),
-            committed=committed,
-            applied=block.applied,
-            staged=recovery.in_doubt if recovery is not None else None,
-            doubted=recovery.staged[:-1] if recovery is not None else (),
-            highest=max(block.highest_epoch, recovery.highest_epoch if recovery is not None else 0),
-            # A journal is as old as its generation, and so is the sync that its first commit completed.
-            consistent=committed is not None,
-            failover=None if failover is None else Failover(failover.target, failover.new_generation, finished),
-            behind=True,
+            recovered_state(self.recovered, block, recovery),
+            disks=specs_at(block, self._journal),
+            tables=tuple((epoch, specs_at(block, self._journal, epoch)) for epoch in staged),
+            places=tuple(disk.name for disk in self.disks()),
+            takes_any=self._config.disk_dir is not None,
         )
 
-    def _reopen(self, targets: list[tuple[Path, int]]) -> None:
-        for path, size in targets:
-            self._targets.append(reopen_target(path, size, sparse=self._config.sparse))
+    def _lost(self, what: str) -> None:
+        self.on_lost(what)
 
-    def _specs(self) -> tuple[DiskSpec, ...]:
-        return tuple(DiskSpec(disk.name, disk.size) for disk in self._superblock.disks)
+    def revive_targets(self) -> int:
+        """Start again what writes a target and has ended with nothing unflushed: how many there were.
+
+        :raise StorageError: one cannot be started.
+        """
+        return sum(revive(target) for target in self._places.targets.values())
 
     # --- what it holds -----------------------------------------------------------------------------------------------
 
@@ -155,6 +212,10 @@ class Store:
         """Nothing can be taken in before the store is opened again."""
         return self._in_doubt or (self._journal is not None and self._journal.poisoned)
 
+    def disks(self) -> tuple[StoredDisk, ...]:
+        """Every disk that has, had, or could have a place here."""
+        return with_free_places(self._superblock, self._config)
+
     # --- a full sync -------------------------------------------------------------------------------------------------
 
     def prepare_targets(self, state: SecondaryState) -> tuple[bool, ...]:
@@ -164,46 +225,18 @@ class Store:
         :raise TargetUnsuitable: a target cannot be used; nothing was changed.
         :raise StorageError: the store holds what it held, or is inconsistent.
         """
-        assert state.generation is not None
         with self._applying:
-            targets = self._open_targets(state.disks)
-            disks = tuple(
-                StoredDisk(disk.name, disk.size, str(self._config.disks[disk.name]), target.created)
-                for disk, target in zip(state.disks, targets, strict=True)
-            )
-            fresh = tuple(target.created for target in targets)
-            self._begin_generation(state, disks, SyncAttempt(fresh))
-            self._targets = targets
-        return fresh
-
-    def _open_targets(self, disks: tuple[DiskSpec, ...]) -> list[Target]:
-        """The targets for disks of these sizes; those that a former attempt made or filled are ours already."""
-        ours = {disk.name: disk for disk in self._superblock.disks if disk.size}
-        # One process may not lock a file twice, so what is open is closed, and opened again if this comes to nothing.
-        before = [(target.path, target.size) for target in self._targets]
-        self._release_targets()
-        with ExitStack() as undo:
-            undo.callback(self._reopen, before)
-            targets = []
-            for disk in disks:
-                path = self._config.disks.get(disk.name)
-                if path is None:
-                    raise TargetUnsuitable(
-                        f"the secondary has no target for the disk {disk.name}",
-                        safe="nothing was changed",
-                        hint=f"start it with --disk {disk.name}=PATH as well",
-                    )
-                known = ours.get(disk.name)
-                if known is not None and known.size == disk.size and path.exists():
-                    target = reopen_target(path, disk.size, sparse=self._config.sparse)
-                else:
-                    target = prepare_target(
-                        path, disk.size, overwrite=self._config.overwrite, sparse=self._config.sparse
-                    )
-                undo.callback(target.close)
-                targets.append(target)
-            undo.pop_all()
-        return targets
+            stored = self._places.with_room(self._superblock.disks, state.disks)
+            if stored != self._superblock.disks:
+                self._write_superblock(replace(self._superblock, disks=stored))
+            # What is on the disks of a store that was given up was given up with it.
+            given_up = bool(self._superblock.discarded) and self._superblock.generation is None
+            targets = self._places.open_all(state.disks, stored, given_up=given_up)
+            disks = self._places.filled(state.disks, targets, stored)
+            self._begin_generation(state, disks, SyncAttempt(tuple(target.created for target in targets)))
+            self._places.take(targets)
+            self._link = tuple((index, disk.size) for index, disk in enumerate(disks))
+        return tuple(target.created for target in targets)
 
     def _begin_generation(self, state: SecondaryState, disks: tuple[StoredDisk, ...], sync: SyncAttempt) -> None:
         assert state.generation is not None
@@ -221,18 +254,7 @@ class Store:
             create=True,
         )
         try:
-            self._write_superblock(
-                replace(
-                    self._superblock,
-                    generation=state.generation,
-                    committed=None,
-                    applied=None,
-                    highest_epoch=0,
-                    disks=disks,
-                    disk_state=StoredDiskState.INCONSISTENT,
-                    sync=sync,
-                )
-            )
+            self._write_superblock(with_generation_begun(self._superblock, state, disks, sync))
         except StorageError:
             # Which of the two generations a restart finds is not known, so nothing may build on either before one.
             self._in_doubt = True
@@ -240,6 +262,7 @@ class Store:
             raise
         old, self._journal = self._journal, journal
         self._applied = None
+        self._written = {}
         if old is not None:
             old.close()
         self._remove_journals(keep=state.generation)
@@ -257,16 +280,67 @@ class Store:
         self._check_within(extents)
         view, position = memoryview(data), 0
         for extent in extents:
+            target = self._places.targets[self._link[extent.disk][0]]
             if extent.zero:
-                self._targets[extent.disk].zero(extent.offset, extent.length)
+                target.zero(extent.offset, extent.length)
             else:
-                self._targets[extent.disk].write(extent.offset, view[position : position + extent.length])
+                target.write(extent.offset, view[position : position + extent.length])
                 position += extent.length
 
     def flush_images(self) -> None:
         """Make the images durable."""
-        for target in self._targets:
+        for target in self._places.targets.values():
             target.flush()
+
+    def flush_sync(self, position: int) -> None:
+        """Make the images durable, and then how far the full sync is: after a restart it goes on from there."""
+        self.flush_images()
+        sync = self._superblock.sync
+        if sync is not None and position > sync.flushed:
+            self._write_superblock(replace(self._superblock, sync=replace(sync, flushed=position)))
+
+    def reopen_targets(self) -> None:
+        """Forget what the kernel remembers of the images, and that one could not be written."""
+        with self._applying:
+            self._places.release()
+            self._link = table_of(self._superblock.disks)
+            self._places.reopen(self._superblock.disks, dict(self._link))
+
+    # --- comparing ---------------------------------------------------------------------------------------------------
+
+    @property
+    def images_current(self) -> bool:
+        """The images hold the last committed checkpoint, or what a full sync has brought so far."""
+        return self._journal is None or self._journal.committed == self._applied
+
+    def compare(self, disk: int, offset: int, block_size: int, digests: bytes) -> bytes:
+        """Which blocks are not known to be what the digests say, as a bitmap; see :mod:`qemu_remus.core.comparison`.
+
+        During a full sync they are compared with the images as they are, in an epoch with the committed checkpoint; see
+        :attr:`images_current`.
+
+        :raise TargetUnsuitable: the disk has no such blocks, or its image cannot be read.
+        :raise StorageError: an image could not be written before, or the journal cannot be read.
+        """
+        self._check_within(
+            (Extent(disk, offset, 1), Extent(disk, offset + (count_blocks(digests) - 1) * block_size, 1))
+        )
+        with self._applying:
+            if not self.images_current:
+                raise InternalError("images that are behind their checkpoint are to be compared")
+            index, _ = self._link[disk]
+            target = self._places.targets[index]
+            return compare_blocks(target, index, offset, block_size, digests, self._doubted())
+
+    def _doubted(self) -> Collection[Written]:
+        """What the epochs in doubt have written; each is read from the journal once."""
+        journal = self._open_journal()
+        known = self._written
+        self._written = {
+            epoch: known[epoch] if epoch in known else Written(chain.from_iterable(journal.read_staged(epoch)))
+            for epoch in journal.staged
+        }
+        return self._written.values()
 
     # --- epochs ------------------------------------------------------------------------------------------------------
 
@@ -275,9 +349,49 @@ class Store:
             raise InternalError("the store has no journal: no full sync was begun")
         return self._journal
 
-    def begin_epoch(self, epoch: EpochNumber, base: Base) -> None:
-        """As :meth:`Journal.begin_epoch`."""
+    def begin_epoch(self, epoch: EpochNumber, base: Base, disks: tuple[DiskSpec, ...] = ()) -> None:
+        """As :meth:`Journal.begin_epoch`.
+
+        :param disks: the VM's at its checkpoint, in the order that its extents refer to; those of the last full sync or
+            epoch where none are given. Their targets get the room for them.
+        :raise TargetUnsuitable, WriteFailed: one of these cannot have it; nothing was begun.
+        """
+        if disks:
+            try:
+                self._arrange(disks)
+            except NoSpace as error:
+                # Of a full journal a primary would think that it helps to send less.
+                raise TargetUnsuitable(error.what, safe=error.safe, hint=error.hint) from error
         self._open_journal().begin_epoch(epoch, base)
+
+    def _arrange(self, disks: tuple[DiskSpec, ...]) -> None:
+        # Nearly always nothing is to be done; an image that stands still, with the lock, must not hold up the journal.
+        if self._places.arranged(self._superblock.disks, disks) == self._link:
+            return
+        with self._applying:
+            known = self._superblock.disks
+            planned = self._places.planned(known, disks)
+            if planned != known:
+                try:
+                    self._write_superblock(replace(self._superblock, disks=planned))
+                except StorageError:
+                    self._places.forget(range(len(known), len(planned)))
+                    raise
+            held = sizes_held(self._superblock, self._open_journal())
+            self._link = self._places.arrange(planned, disks, held)
+
+    def set_disks(self, epoch: EpochNumber) -> None:
+        """Let the epoch that was begun say which disks it is about, unless that goes without saying.
+
+        :raise NoSpace, WriteFailed: as :meth:`append`.
+        """
+        journal = self._open_journal()
+        table = tuple(sorted(self._link))
+        # Whichever of the epochs that are there is committed before this one: it has these disks then, and no others.
+        # In this order: what the journal forgets was written to the superblock before.
+        before = [*journal.disks_of().values(), table_of(self._superblock.disks)]
+        if any(other != table for other in before):
+            journal.set_disks(epoch, table)
 
     def append(self, epoch: EpochNumber, extents: tuple[Extent, ...], data: bytes | bytearray | memoryview) -> None:
         """As :meth:`Journal.append`.
@@ -285,15 +399,17 @@ class Store:
         :raise TargetUnsuitable: an extent lies outside its disk.
         """
         self._check_within(extents)
+        if any(index != place for place, (index, _) in enumerate(self._link)):
+            extents = tuple(replace(extent, disk=self._link[extent.disk][0]) for extent in extents)
         self._open_journal().append(epoch, extents, data)
 
     def _check_within(self, extents: tuple[Extent, ...]) -> None:
         for extent in extents:
-            if extent.disk >= len(self._targets) or extent.end > self._targets[extent.disk].size:
+            if extent.disk >= len(self._link) or extent.end > self._link[extent.disk][1]:
                 raise TargetUnsuitable(
                     f"the primary sent bytes {extent.offset} to {extent.end} of disk {extent.disk}, which has no such",
                     safe="the epoch is refused, nothing of it is used",
-                    hint="if the disk was resized on the primary, restart both controllers",
+                    hint="if it happens again, report it",
                 )
 
     def stage(self, epoch: EpochNumber) -> None:
@@ -336,35 +452,35 @@ class Store:
         waiting = [epoch for epoch in self.backlog if self._applied is None or epoch > self._applied][:most]
         if journal is None or not waiting:
             return None
-        for target in self._targets:
+        for target in self._places.targets.values():
             # After a failure everything since the last good flush is written again: redo begins right behind it.
             target.reset_after_failure()
-        apply_epochs(journal, waiting, self._targets)
-        self._applied = waiting[-1]
-        self._save_applied(trim=True)
-        return self._applied
+        apply_epochs(journal, waiting, self._places.by_index(len(self._superblock.disks)))
+        disks = self._superblock.disks
+        for epoch, table in journal.disks_of().items():
+            if epoch in waiting:
+                disks = with_table(disks, table, epoch)
+        self._save_applied(waiting[-1], trim=True, disks=disks)
+        self._places.let_go(disks, dict(self._link))
+        return waiting[-1]
 
-    def _save_applied(self, *, trim: bool) -> None:
-        """Make durable how far the images are; only then may the journal forget."""
+    def _save_applied(self, applied: Base, *, trim: bool, disks: tuple[StoredDisk, ...] | None = None) -> None:
+        """Make durable how far the images are; only then may the journal forget.
+
+        Where that fails, they count as no further than before, and the same is applied once more.
+        """
         journal = self._open_journal()
         with self._writing:
-            changed = replace(
-                self._superblock,
-                committed=journal.committed,
-                applied=self._applied,
-                highest_epoch=max(self._superblock.highest_epoch, journal.highest_epoch),
-                disk_state=self._stored_state(journal.committed),
-                sync=None if journal.committed is not None else self._superblock.sync,
-            )
+            known = self._superblock
+            disks = known.disks if disks is None else disks
+            highest = journal.highest_epoch
+            changed = with_applied(known, journal.committed, applied, highest, disks, self.decided)
             if changed != self._superblock:
                 write_superblock(self._files, self._config.store, changed)
                 self._superblock = changed
-        if trim and self._applied is not None:
-            journal.trim(self._applied)
-
-    @staticmethod
-    def _stored_state(committed: Base) -> StoredDiskState:
-        return StoredDiskState.INCONSISTENT if committed is None else StoredDiskState.CONSISTENT
+        self._applied = applied
+        if trim and applied is not None:
+            journal.trim(applied)
 
     # --- failover ----------------------------------------------------------------------------------------------------
 
@@ -380,25 +496,14 @@ class Store:
 
         :raise StorageError: it did not come to its end; it can be repeated.
         """
-        failover = state.failover
-        assert failover is not None
-        assert state.generation is not None
         with self._applying:
             while self._apply(APPLY_AT_ONCE) is not None:
                 pass
+            self._places.finish(table_of(self._superblock.disks))
             self.flush_images()
-            self._write_superblock(
-                replace(
-                    self._superblock,
-                    generation=failover.generation,
-                    history=(*self._superblock.history, PastGeneration(state.generation, failover.target)),
-                    committed=failover.target,
-                    applied=failover.target,
-                    disk_state=StoredDiskState.CONSISTENT,
-                    failover=StoredFailover(failover.target, failover.generation, finished=True),
-                )
-            )
-            self._release_targets()
+            finished = with_failover_finished(self._superblock, state, int(time.time()), self.decided)
+            self._write_superblock(finished)
+            self._places.release()
             journal, self._journal = self._journal, None
             if journal is not None:
                 journal.close()
@@ -410,33 +515,3 @@ class Store:
         with self._writing:
             write_superblock(self._files, self._config.store, superblock)
             self._superblock = superblock
-
-    def _release_targets(self) -> None:
-        for target in self._targets:
-            target.close()
-        self._targets = []
-
-
-def _phase(failover: StoredFailover | None) -> Phase:
-    if failover is None:
-        return Phase.LISTENING
-    return Phase.FAILED_OVER if failover.finished else Phase.FAILING_OVER
-
-
-def _with_disks(superblock: Superblock, disks: Mapping[DiskName, Path]) -> Superblock:
-    """The superblock, with the disks as given where nothing was copied to them yet.
-
-    :raise ConfigError: the store keeps copies of other disks, or elsewhere.
-    """
-    known = {disk.name: disk.path for disk in superblock.disks}
-    given = {name: str(path) for name, path in disks.items()}
-    if superblock.generation is None:
-        return replace(superblock, disks=tuple(StoredDisk(name, 0, path) for name, path in given.items()))
-    if known != given:
-        listed = " ".join(f"--disk {name}={path}" for name, path in known.items())
-        raise ConfigError(
-            "the store keeps copies of other disks than the ones given, or keeps them elsewhere",
-            safe="nothing was changed",
-            hint=f"start it with {listed}, or use an empty store",
-        )
-    return superblock

@@ -47,17 +47,23 @@ class PastGeneration:
 
 @dataclass(frozen=True, slots=True)
 class StoredDisk:
-    """One disk of the pair, in the order that extents refer to.
+    """One disk of the pair, in the order that the journal's extents refer to. A disk keeps its place in a generation.
 
-    :param size: bytes; 0 on a secondary that has not met its primary yet.
+    :param size: bytes at the applied checkpoint; 0 where it is not one of that checkpoint's disks, and on a secondary
+        that has not met its primary yet.
     :param path: secondary: the target. Primary: empty.
     :param created: the target was made by us.
+    :param room: secondary: bytes that we may have made the target's file have, for an epoch that is not applied yet: a
+        file may have any length between ``size`` and this. 0: it has ``size``.
+    :param gone: the checkpoint from which on the VM has it no more; its target is left as it was then.
     """
 
     name: DiskName
     size: int
     path: str = ""
     created: bool = False
+    room: int = 0
+    gone: Base = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,22 @@ class Failover:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredHandover:
+    """Primary: a planned switch-over, from just before the secondary is told.
+
+    :param target: the checkpoint at which the secondary takes over.
+    :param new_generation: the history that begins there.
+    :param ours: it is we who paused the VM.
+    :param finished: the secondary has taken over: this host's generation has ended there.
+    """
+
+    target: EpochNumber
+    new_generation: Generation
+    ours: bool = True
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Superblock:
     """All of it. Replace it with ``dataclasses.replace`` and write it before acting on the change.
 
@@ -99,6 +121,9 @@ class Superblock:
     :param committed: secondary: a floor, the journal is authoritative. Primary: the last commit that it knows of.
     :param applied: secondary: every committed epoch up to this one is in the images, flushed.
     :param highest_epoch: no epoch number up to this one may be used again in this generation.
+    :param begun: when this generation began, in seconds since 1970 (UTC); 0: not known. For people only.
+    :param decided: when the committed checkpoint was, roughly.
+    :param discarded: generations whose data were given up here by the operator's word, the newest last.
     """
 
     pair: PairName
@@ -114,6 +139,10 @@ class Superblock:
     disk_state: StoredDiskState = StoredDiskState.INCONSISTENT
     sync: SyncAttempt | None = None
     failover: Failover | None = None
+    begun: int = 0
+    decided: int = 0
+    discarded: tuple[Generation, ...] = ()
+    handover: StoredHandover | None = None
 
 
 def encode_superblock(superblock: Superblock) -> bytes:

@@ -1,7 +1,7 @@
-"""The secondary's targets: raw image files and block devices, who may use them, and writing them.
+"""The secondary's targets: raw image files and block devices, who may use them, writing and reading them.
 
-It owns the rules by which a target is accepted, its lock, and its writes; whose extents these are, and when they may be
-written, is decided elsewhere.  Calls block; one thread at a time per target.
+It owns the rules by which a target is accepted, its lock, its writes and reads; whose extents these are, and when they
+may be written, is decided elsewhere.  Calls block; one thread at a time per target.
 
 The lock is the one that QEMU takes on its images (image locking, in its manual's chapter on block drivers): open file
 description locks on single bytes, 100 + n for a permission that the holder uses, 200 + n for one that it grants to
@@ -31,6 +31,7 @@ from qemu_remus.core.errors import (
     TargetTooSmall,
     TargetUnsuitable,
 )
+from qemu_remus.storage import contents
 from qemu_remus.storage.files import Buffer, is_no_space, storage_error, sync_directory, write_all
 
 _LOCK_RANGES: Final = ((101, 3), (200, 4))
@@ -44,10 +45,6 @@ _PIECE: Final = 1 << 20
 _ZEROES: Final = bytes(_PIECE)
 _SMALL_ZERO: Final = 64 << 10
 """Below this, writing zeroes costs less than what cutting up the file's extents costs later."""
-
-_DEVICE_ENDS: Final = 16 << 20
-_DEVICE_SAMPLE: Final = 64 << 10
-_DEVICE_SAMPLES: Final = 4096
 
 _UNCHANGED: Final = "it was not changed"
 
@@ -72,6 +69,7 @@ class Target:
         self.size = size
         self.created = created
         self._descriptor = descriptor
+        self._device = device
         self._sparse = sparse and not device
         self._can_zero = True
         self._failure: StorageError | None = None
@@ -101,6 +99,45 @@ class Target:
         except OSError as error:
             raise self._fail(error, "zeroing") from error
 
+    def read(self, offset: int, length: int) -> bytes:
+        """What the target holds there.
+
+        :raise TargetUnsuitable: it cannot be read, or has become too small.
+        :raise NoSpace, WriteFailed: an earlier write or flush failed.
+        """
+        self._check(offset, length)
+        parts = []
+        while length:
+            try:
+                part = os.pread(self._descriptor, length, offset)
+            except OSError as error:
+                raise TargetUnsuitable(
+                    f"the target {self.path} cannot be read at {offset}: {error.strerror}",
+                    safe=_UNCHANGED,
+                    hint="look at the host's kernel log for the device's errors",
+                ) from error
+            if not part:
+                raise self._too_small()
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Whether the whole range reads as zeroes because nothing was ever written there; False where unknown.
+
+        :raise TargetUnsuitable, NoSpace, WriteFailed: as :meth:`read`.
+        """
+        self._check(offset, length)
+        if self._device:
+            return False
+        try:
+            if os.fstat(self._descriptor).st_size < offset + length:
+                raise self._too_small()
+            return os.lseek(self._descriptor, offset, os.SEEK_DATA) >= offset + length
+        except OSError as error:
+            return error.errno == errno.ENXIO
+
     def flush(self) -> None:
         """Make durable what was written before.
 
@@ -112,6 +149,35 @@ class Target:
             os.fdatasync(self._descriptor)
         except OSError as error:
             raise self._fail(error, "flushing") from error
+
+    def resize(self, size: int) -> None:
+        """Give it another size, durably: a file gets space for all of it, or is cut; a device has to be large enough.
+
+        What a file gains reads as zeroes; what a device has there is not looked at.
+
+        :param size: bytes of the disk from now on.
+        :raise TargetTooSmall: it is a device that is smaller; nothing was changed.
+        :raise NoSpace, WriteFailed: a file could not be given the size; what it held before it still holds.
+        """
+        self._check(0, 0)
+        if self._device:
+            found = os.lseek(self._descriptor, 0, os.SEEK_END)
+            if found < size:
+                raise TargetTooSmall(
+                    f"the target {self.path} has {found} bytes; the primary's disk has {size} now",
+                    safe=_UNCHANGED,
+                    hint="make the device larger: replication goes on by itself then",
+                )
+        else:
+            try:
+                _fit(self._descriptor, self.path, size, sparse=self._sparse)
+            except StorageError:
+                # Only the space is given back: a failure of this would change nothing for anybody.
+                if size > self.size:
+                    with suppress(OSError):
+                        os.ftruncate(self._descriptor, self.size)
+                raise
+        self.size = size
 
     def reset_after_failure(self) -> None:
         """Take writes again; the caller writes again everything since its last good flush."""
@@ -132,6 +198,13 @@ class Target:
             raise type(self._failure)(
                 f"{self.path} takes nothing more since {self._failure.what}", hint=self._failure.hint
             ) from self._failure
+
+    def _too_small(self) -> TargetUnsuitable:
+        return TargetUnsuitable(
+            f"the target {self.path} has become smaller than its {self.size} bytes",
+            safe=_UNCHANGED,
+            hint="somebody else changed it: what it holds is not known; synchronise into an empty store",
+        )
 
     def _fail(self, error: OSError, doing: str) -> StorageError:
         self._failure = storage_error(error, f"{doing} {self.path}")
@@ -175,16 +248,18 @@ def prepare_target(path: Path, size: int, *, overwrite: bool = False, sparse: bo
         _accept(descriptor, path, size, overwrite=overwrite, device=device)
         if not device:
             _fit(descriptor, path, size, sparse=sparse)
+        _read_from_device(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
     return Target(descriptor, path, size, created=False, sparse=sparse, device=device)
 
 
-def reopen_target(path: Path, size: int, *, sparse: bool = False) -> Target:
+def reopen_target(path: Path, size: int, *, sparse: bool = False, room: int = 0) -> Target:
     """Open a target that was prepared earlier.
 
     :param size: bytes of the disk, as in the superblock.
+    :param room: bytes that a file may have instead, where it was being made larger; the target has as many as it has.
     :raise TargetInUse: as :func:`prepare_target`.
     :raise TargetUnsuitable: it is gone, cannot be opened, or has another size than it was left with.
     """
@@ -197,11 +272,31 @@ def reopen_target(path: Path, size: int, *, sparse: bool = False) -> Target:
         ) from None
     try:
         _claim(descriptor, path)
-        _see_same_size(descriptor, path, size, device=device)
+        found = _see_same_size(descriptor, path, size, max(size, room), device=device)
+        _read_from_device(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
-    return Target(descriptor, path, size, created=False, sparse=sparse, device=device)
+    return Target(descriptor, path, found, created=False, sparse=sparse, device=device)
+
+
+def device_holds_data(path: Path) -> bool:
+    """Whether a block device that nobody uses holds anything; see :func:`prepare_target`.
+
+    :raise TargetInUse: it is mounted, or part of something larger.
+    :raise TargetUnsuitable: it cannot be opened or read.
+    """
+    descriptor, _ = _open(path)
+    try:
+        return contents.device_holds_data(descriptor, os.lseek(descriptor, 0, os.SEEK_END))
+    except OSError as error:
+        raise TargetUnsuitable(
+            f"the target {path} cannot be read: {error.strerror}",
+            safe=_UNCHANGED,
+            hint="look at the host's kernel log for the device's errors",
+        ) from error
+    finally:
+        os.close(descriptor)
 
 
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
@@ -215,14 +310,26 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-def _see_same_size(descriptor: int, path: Path, size: int, *, device: bool) -> None:
+def _read_from_device(descriptor: int) -> None:
+    """Drop what the kernel remembers of it.
+
+    After a flush that failed, Linux keeps the pages as if they had reached the device; whoever compared with them would
+    find that nothing need be sent.
+    """
+    with suppress(OSError):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _see_same_size(descriptor: int, path: Path, size: int, room: int, *, device: bool) -> int:
+    """Bytes of it that the disk may use at present."""
     found = os.lseek(descriptor, 0, os.SEEK_END)
-    if found < size or (found > size and not device):
+    if found < size or (found > room and not device):
         raise TargetUnsuitable(
             f"the target {path} has {found} bytes, and had {size}",
             safe=_UNCHANGED,
             hint="somebody else changed it: what it holds is not known; synchronise into an empty store",
         )
+    return min(found, room)
 
 
 def _open(path: Path) -> tuple[int, bool]:
@@ -346,7 +453,8 @@ def _accept(descriptor: int, path: Path, size: int, *, overwrite: bool, device: 
             hint=hint + "; the file is then cut to the disk's size",
         )
     try:
-        holds_data = _device_holds_data(descriptor, found) if device else _file_holds_data(descriptor, found)
+        looked = contents.device_holds_data if device else contents.file_holds_data
+        holds_data = looked(descriptor, found)
     except OSError as error:
         raise TargetUnsuitable(
             f"the target {path} cannot be read: {error.strerror}",
@@ -355,47 +463,6 @@ def _accept(descriptor: int, path: Path, size: int, *, overwrite: bool, device: 
         ) from error
     if holds_data:
         raise TargetHoldsData(f"the target {path} holds data", safe=_UNCHANGED, hint=hint)
-
-
-def _file_holds_data(descriptor: int, size: int) -> bool:
-    position = 0
-    while position < size:
-        try:
-            position = os.lseek(descriptor, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return False
-            raise
-        hole = os.lseek(descriptor, position, os.SEEK_HOLE)
-        if _range_holds_data(descriptor, position, hole):
-            return True
-        position = hole
-    return False
-
-
-def _device_holds_data(descriptor: int, size: int) -> bool:
-    """Partition tables, file systems, volume managers and RAID leave their marks at the ends, data anywhere."""
-    if size <= 2 * _DEVICE_ENDS:
-        return _range_holds_data(descriptor, 0, size)
-    if _range_holds_data(descriptor, 0, _DEVICE_ENDS) or _range_holds_data(descriptor, size - _DEVICE_ENDS, size):
-        return True
-    step = max(_DEVICE_ENDS, size // _DEVICE_SAMPLES)
-    step -= step % _DEVICE_SAMPLE
-    return any(
-        _range_holds_data(descriptor, start, start + _DEVICE_SAMPLE)
-        for start in range(_DEVICE_ENDS, size - _DEVICE_ENDS, step)
-    )
-
-
-def _range_holds_data(descriptor: int, start: int, stop: int) -> bool:
-    while start < stop:
-        piece = os.pread(descriptor, min(_PIECE, stop - start), start)
-        if not piece:
-            return False
-        if piece != (_ZEROES if len(piece) == _PIECE else _ZEROES[: len(piece)]):
-            return True
-        start += len(piece)
-    return False
 
 
 def _fit(descriptor: int, path: Path, size: int, *, sparse: bool) -> None:
@@ -415,4 +482,4 @@ def _fit(descriptor: int, path: Path, size: int, *, sparse: bool) -> None:
         ) from error
 
 
-__all__ = ["Target", "fallocate", "prepare_target", "reopen_target"]
+__all__ = ["Target", "device_holds_data", "fallocate", "prepare_target", "reopen_target"]

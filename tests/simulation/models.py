@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from qemu_remus.core import messages as m
 from qemu_remus.core import secondary_machine as secondary
+from qemu_remus.core.comparison import count_blocks, differing, digest_blocks
 from qemu_remus.core.connection import Connection, ConnectionClosed, NeedData
 from qemu_remus.core.extents import Extent
 from qemu_remus.core.model import (
@@ -32,10 +33,17 @@ DISKS = 2
 BLOCKS = 4
 """Per disk. Few, so that epochs overlap all the time."""
 
-BLOCK = 512
-"""Bytes: one number, which no two writes share; 0 is a block of zeroes."""
+BLOCK = 4096
+"""Bytes: one number, which no two writes share; 0 is a block of zeroes. As small as blocks can be compared."""
 
-SPECS = tuple(DiskSpec(DiskName(f"disk{disk}"), BLOCKS * BLOCK) for disk in range(DISKS))
+SIZES = (BLOCKS,) * DISKS
+"""In blocks, at first: a disk may grow."""
+
+
+def specs_of(sizes: Iterable[int]) -> tuple[DiskSpec, ...]:
+    """The disks with so many blocks each, as they are spoken of."""
+    return tuple(DiskSpec(DiskName(f"disk{disk}"), blocks * BLOCK) for disk, blocks in enumerate(sizes))
+
 
 Content = tuple[tuple[int, ...], ...]
 """Each disk's blocks."""
@@ -63,6 +71,11 @@ def extents_of(writes: Iterable[Write]) -> tuple[tuple[Extent, ...], bytes]:
         extents.append(Extent(disk, block * BLOCK, BLOCK, zero=value == 0))
         data += value.to_bytes(BLOCK, "big") if value else b""
     return tuple(extents), data
+
+
+def bytes_of(blocks: Iterable[int]) -> bytes:
+    """What a disk with these blocks holds."""
+    return b"".join(value.to_bytes(BLOCK, "big") for value in blocks)
 
 
 def writes_of(message: m.EpochExtents | m.SyncExtents) -> Iterator[Write]:
@@ -98,6 +111,22 @@ class Qemu:
         self.disks = [[0] * BLOCKS for _ in range(DISKS)]
         self.bitmaps: list[dict[Recording, Bitmap]] = [{} for _ in range(DISKS)]
         self.snapshot: Snapshot | None = None
+        self.paused = False
+        """For a switch-over."""
+        self.armed = False
+        """The guardian resumes it, should the controller end."""
+
+    def resume(self) -> None:
+        self.paused = self.armed = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """In blocks."""
+        return tuple(len(blocks) for blocks in self.disks)
+
+    def grow(self, disk: int, value: int) -> None:
+        """By one block, with whatever is there; its bitmaps grow with it, and do not have it."""
+        self.disks[disk].append(value)
 
     def write(self, disk: int, block: int, value: int) -> None:
         self.disks[disk][block] = value
@@ -122,6 +151,27 @@ class Qemu:
         )
         return self.snapshot.content
 
+    def rotate(self, finished: Recording | None, following: Recording) -> list[set[int]]:
+        """While the guest runs; returns what the finished one holds of each disk.
+
+        One transaction: it is there on every disk.
+        """
+        dirty: list[set[int]] = []
+        for bitmaps in self.bitmaps:
+            assert following not in bitmaps
+            bitmaps[following] = Bitmap()
+            if finished is not None and finished in bitmaps:
+                bitmaps[finished].recording = False
+                dirty.append(set(bitmaps[finished].dirty))
+            else:
+                dirty.append(set())
+        return dirty
+
+    def clear(self, recording: Recording) -> None:
+        """In one transaction, a bitmap that goes on recording forgets what it holds."""
+        for bitmaps in self.bitmaps:
+            bitmaps[recording].dirty.clear()
+
     def merge_back(self, disk: int, old: Sequence[Recording], into: Recording) -> None:
         """One disk's transaction: add, merge, remove; an old bitmap may be missing."""
         bitmaps = self.bitmaps[disk]
@@ -137,6 +187,7 @@ class Qemu:
         """The process ends and starts again: bitmaps are gone, the disks are not."""
         self.bitmaps = [{} for _ in range(DISKS)]
         self.snapshot = None
+        self.resume()
 
 
 # --- the link --------------------------------------------------------------------------------------------------------
@@ -206,8 +257,11 @@ class Data:
 
 @dataclass(frozen=True)
 class End:
+    """:ivar sizes: of the disks at the epoch's checkpoint, in blocks."""
+
     epoch: EpochNumber
     commit: bool
+    sizes: tuple[int, ...] = SIZES
 
 
 @dataclass(frozen=True)
@@ -233,6 +287,9 @@ class Superblock:
     failover: secondary.Failover | None = None
     history: tuple[tuple[Generation, EpochNumber], ...] = ()
     created: bool = False
+    fresh: tuple[bool, ...] = ()
+    position: int = 0
+    sizes: tuple[int, ...] = SIZES
 
 
 @dataclass
@@ -243,11 +300,14 @@ class Journal:
     ended: set[EpochNumber] = field(default_factory=set)
     staged: list[EpochNumber] = field(default_factory=list)
     commits: list[EpochNumber] = field(default_factory=list)
+    sizes: dict[EpochNumber, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, records: Iterable[Record]) -> Journal:
         journal = cls()
         for record in records:
+            if isinstance(record, End):
+                journal.sizes[record.epoch] = record.sizes
             if isinstance(record, Data):
                 journal.data.setdefault(record.epoch, []).extend(record.writes)
             elif isinstance(record, Abort):
@@ -296,6 +356,32 @@ class Store:
             self.images[disk][block] = value
         self.unsynced.clear()
 
+    def make_room(self, sizes: tuple[int, ...]) -> None:
+        """For an epoch that comes; durable at once."""
+        for blocks, size in zip(self.images, sizes, strict=True):
+            blocks.extend([0] * (size - len(blocks)))
+
+    def sizes_at(self, journal: Journal, epoch: Base) -> tuple[int, ...]:
+        """Of the disks at a checkpoint."""
+        return self.superblock.sizes if epoch is None else journal.sizes.get(epoch, self.superblock.sizes)
+
+    def cut(self, sizes: tuple[int, ...]) -> None:
+        """The images become plain ones, of these sizes."""
+        for blocks, size in zip(self.images, sizes, strict=True):
+            del blocks[size:]
+
+    def compare(self, question: m.CompareBlocks, journal: Journal) -> bytes:
+        """The images as whoever reads them sees them; what an epoch in doubt has written differs in any case."""
+        content = overlaid(frozen(self.images), self.unsynced)[question.disk]
+        blocks = content[question.offset // BLOCK :][: count_blocks(question.digests) * question.block_size // BLOCK]
+        bitmap = bytearray(differing(digest_blocks(bytes_of(blocks), question.block_size), question.digests))
+        for epoch in journal.staged:
+            for disk, block, _ in journal.data.get(epoch, ()):
+                number = (block * BLOCK - question.offset) // question.block_size
+                if disk == question.disk and 0 <= number < count_blocks(question.digests):
+                    bitmap[number // 8] |= 1 << number % 8
+        return bytes(bitmap)
+
     def crash(self, rng: random.Random) -> None:
         kept = rng.randint(self.synced, len(self.records))
         self.records = self.records[:kept]
@@ -303,11 +389,21 @@ class Store:
         self.unsynced = [write for write in self.unsynced if rng.random() < 0.5]
         self.flush_images()
 
-    def begin_sync(self, generation: Generation) -> bool:
+    def reopen(self, rng: random.Random, pair: PairName, instance: InstanceId) -> secondary.SecondaryState:
+        """Read back what is really there: of what was written and not synced, any part may be."""
+        kept = rng.randint(self.synced, len(self.records))
+        self.records = self.records[:kept]
+        self.synced = kept
+        return self.recover(pair, instance)
+
+    def begin_sync(self, generation: Generation, sizes: tuple[int, ...] = SIZES) -> bool:
         """Return whether the images were created by this."""
+        self.make_room(sizes)
         fresh = not self.superblock.created
         history = self.superblock.history
-        self.superblock = Superblock(generation=generation, history=history, created=True)
+        self.superblock = Superblock(
+            generation=generation, history=history, created=True, fresh=(fresh,) * DISKS, sizes=sizes
+        )
         self.records.clear()
         self.synced = 0
         return fresh
@@ -326,7 +422,8 @@ class Store:
     def trim(self, applied: EpochNumber) -> None:
         """The images hold this checkpoint, flushed."""
         journal = self.journal(durable=False)
-        self.superblock = replace(self.superblock, applied=applied, committed=applied, consistent=True)
+        sizes = self.sizes_at(journal, applied)
+        self.superblock = replace(self.superblock, applied=applied, committed=applied, consistent=True, sizes=sizes)
         self.forget(epoch for epoch in (*journal.data, *journal.ended, *journal.commits) if epoch <= applied)
 
     def view(self, journal: Journal, target: EpochNumber, *, landed: bool) -> Content:
@@ -341,7 +438,8 @@ class Store:
             content = overlaid(content, journal.data.get(epoch, ()))
         if target in journal.staged:
             content = overlaid(content, journal.data.get(target, ()))
-        return content
+        sizes = self.sizes_at(journal, target)
+        return tuple(blocks[:size] for blocks, size in zip(content, sizes, strict=True))
 
     def recover(self, pair: PairName, instance: InstanceId) -> secondary.SecondaryState:
         """The machine's state after a restart."""
@@ -356,7 +454,8 @@ class Store:
         return secondary.SecondaryState(
             pair=pair,
             instance=instance,
-            disks=SPECS if superblock.created else tuple(replace(spec, size=0) for spec in SPECS),
+            disks=specs_of(self.sizes_at(journal, committed) if superblock.created else (0,) * DISKS),
+            tables=tuple((epoch, specs_of(self.sizes_at(journal, epoch))) for epoch in journal.staged),
             phase=phase,
             generation=superblock.generation,
             history=superblock.history,
@@ -366,6 +465,8 @@ class Store:
             doubted=tuple(journal.staged[:-1]),
             highest=max((superblock.highest, committed or 0, *journal.staged)),
             consistent=superblock.consistent or committed is not None,
+            fresh=superblock.fresh if committed is None else (),
+            position=superblock.position if committed is None else 0,
             failover=failover,
             behind=True,
         )

@@ -12,8 +12,10 @@ from qemu_remus.core import secondary_machine as secondary
 from qemu_remus.core.errors import RefusalCode
 from qemu_remus.core.model import Base, EpochNumber, InstanceId
 from tests.simulation.models import (
+    BLOCK,
     DISKS,
     PAIR,
+    SIZES,
     Abort,
     Action,
     Commit,
@@ -56,8 +58,12 @@ class SecondaryHost:
         self.greeted: set[int] = set()
         self.poisoned = False
         self.trouble = False
+        self.stuck = False
+        self.retry = False
         self.applying: tuple[EpochNumber, deque[Write]] | None = None
         self.counts = (0, 0)
+        self.arriving = SIZES
+        self.news: deque[secondary.Event] = deque()
 
     def failing_over(self) -> bool:
         state = self.state
@@ -72,14 +78,17 @@ class SecondaryHost:
             return
         if not world.calm:
             yield faults.secondary_crash, "the secondary crashes", self.die
-        if self.poisoned or self.state.failed:
-            yield 0.5, "the secondary is started again", self.die
+            if self.poisoned or self.state.failed:
+                yield 0.2, "the secondary is started again", self.die
+        if self.retry:
+            yield 0.5, "the secondary tries again", self.try_again
         for number, link in list(self.links.items()):
             if link.to_secondary:
                 yield 3.0, "-> S", lambda n=number: self.receive(n)  # type: ignore[misc]
             elif link.down_at_secondary:
                 yield 1.0, "S sees that the link is down", lambda n=number: self.link_down(n)  # type: ignore[misc]
-        if not self.failing_over() and not self.poisoned and self.store.unapplied(self._journal(), self._committed()):
+        can_apply = not self.failing_over() and not self.poisoned and not self.stuck
+        if can_apply and self.store.unapplied(self._journal(), self._committed()):
             yield 1.5, "applying goes on", self.apply
 
     def _journal(self) -> Journal:
@@ -116,13 +125,22 @@ class SecondaryHost:
         self.links.pop(number).secondary_open = False
         self.handle(secondary.LinkDown(number, "the link was lost"))
 
+    def try_again(self) -> None:
+        self.retry = False
+        self.handle(secondary.RetryDue())
+
     def apply(self) -> None:
         """One small piece of the background work."""
+        news = self._apply_piece()
+        if news is not None:
+            self.handle(news)
+
+    def _apply_piece(self) -> secondary.Applied | secondary.ApplyFailed | None:
         world = self.world
         if world.happens(world.faults.apply * 0.1):
             self.applying = None
-            self.handle(secondary.ApplyFailed("an image cannot be written"))
-            return
+            self.stuck = True
+            return secondary.ApplyFailed("an image cannot be written")
         if self.applying is None:
             journal = self._journal()
             epoch = self.store.unapplied(journal, self._committed())[0]
@@ -130,17 +148,29 @@ class SecondaryHost:
         epoch, todo = self.applying
         if todo:
             self.store.write_images([todo.popleft()])
-            return
+            return None
         self.store.flush_images()
         self.store.trim(epoch)
         self.applying = None
-        self.handle(secondary.Applied(epoch))
+        return secondary.Applied(epoch)
+
+    def _apply_all(self) -> None:
+        """Bring the images to the committed checkpoint for somebody who waits for it; the news come to him later."""
+        while self.store.unapplied(self._journal(), self._committed()):
+            self._maybe_crash()
+            news = self._apply_piece()
+            if news is not None:
+                self.news.append(news)
+            if isinstance(news, secondary.ApplyFailed):
+                raise StoreError(lasting=False)
 
     # --- effects -----------------------------------------------------------------------------------------------------
 
     def handle(self, event: secondary.Event) -> None:
         try:
             self._handle(event)
+            while self.news:
+                self._handle(self.news.popleft())
         except Crash:
             self.world.say("     S crashes there")
             self.die()
@@ -199,7 +229,17 @@ class SecondaryHost:
                 self.world.answers.append(effect)
                 return None
             case secondary.WakeApply():
+                self.stuck = False
                 return None
+            case secondary.ScheduleRetry():
+                self.retry = True
+                return None
+            case secondary.ReopenStore():
+                if self.world.happens(self.world.faults.store):
+                    raise StoreError(lasting=True)
+                self.poisoned = False
+                self.applying = None
+                return secondary.Reopened(self.store.reopen(self.world.rng, PAIR, self.instance))
             case secondary.DropUnfinished():
                 self._drop_unfinished()
                 return None
@@ -218,25 +258,35 @@ class SecondaryHost:
         store = self.store
         sync = store.sync if surely else lambda: None
         match effect:
-            case secondary.PrepareTargets(generation, _):
+            case secondary.PrepareTargets(generation, disks):
                 self.applying = None
-                fresh = store.begin_sync(generation)
+                fresh = store.begin_sync(generation, tuple(disk.size // BLOCK for disk in disks))
                 return secondary.TargetsReady((fresh,) * DISKS)
             case secondary.WriteImages(message):
                 store.write_images(writes_of(message))
-            case secondary.FlushImages():
+            case secondary.FlushImages(position):
                 if surely:
                     store.flush_images()
-            case secondary.BeginEpoch(epoch, _):
+                    self._maybe_crash()
+                    store.superblock = replace(store.superblock, position=max(store.superblock.position, position))
+                return secondary.ImagesFlushed(position)
+            case secondary.ReopenTargets():
+                return secondary.TargetsReopened()
+            case secondary.BeginEpoch(epoch, _, disks):
                 assert not self._journal().unended(), "the rest of an epoch that was not dropped"
+                self.arriving = tuple(disk.size // BLOCK for disk in disks)
+                store.make_room(self.arriving)
                 self.counts = (0, 0)
                 store.superblock = replace(store.superblock, highest=max(store.superblock.highest, epoch))
             case secondary.AppendEpoch(message):
                 self.counts = (self.counts[0] + len(message.extents), self.counts[1] + len(message.data))
                 store.append(Data(message.epoch, tuple(writes_of(message))))
+            case secondary.CompareBlocks(question):
+                self._apply_all()
+                return secondary.Compared(store.compare(question, self._journal()))
             case secondary.StageEpoch(end):
                 assert (end.extents, end.payload) == self.counts, "the epoch did not arrive whole"
-                store.append(End(end.epoch, end.commit))
+                store.append(End(end.epoch, end.commit, self.arriving))
                 sync()
                 return secondary.CommitDone(end.epoch) if end.commit else secondary.Staged(end.epoch)
             case secondary.CommitEpoch(epoch):
@@ -246,6 +296,7 @@ class SecondaryHost:
             case secondary.AbortEpoch(epoch):
                 store.append(Abort(epoch))
                 sync()
+                return secondary.AbortDone(epoch)
             case secondary.SaveFailover(failover):
                 store.superblock = replace(store.superblock, failover=failover)
                 return secondary.FailoverSaved()
@@ -269,6 +320,9 @@ class SecondaryHost:
                 self._maybe_crash()
         store.flush_images()
         self._maybe_crash()
+        sizes = store.sizes_at(journal, failover.target)
+        store.cut(sizes)
+        self._maybe_crash()
         ended = store.superblock.generation
         assert ended is not None
         store.superblock = replace(
@@ -278,6 +332,7 @@ class SecondaryHost:
             applied=failover.target,
             history=(*store.superblock.history, (ended, failover.target)),
             failover=replace(failover, done=True),
+            sizes=sizes,
         )
         store.forget([record.epoch for record in store.records])
         self.world.released(failover, ended)

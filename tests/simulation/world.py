@@ -4,6 +4,8 @@ A seed fixes everything: which faults this world knows, and every choice.  The h
 the machines' docstrings state it, so that what holds here holds wherever that contract is kept: effects in order; the
 event that an effect answers with is handled before anything else; after ``StoreFailed`` the rest of the step is
 skipped; one piece of work at a time; ``CancelWork`` ends in failure, or in success if that was quicker.
+
+Half of all worlds take their checkpoints by interval, in the others a toolstack drives them.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from uuid import UUID
 from qemu_remus.core import primary_machine as primary
 from qemu_remus.core import secondary_machine as secondary
 from qemu_remus.core.model import EpochNumber, Generation, Replication
-from tests.simulation.models import BLOCKS, DISKS, Action, Content, Journal, Link, Qemu, frozen
+from tests.simulation.models import DISKS, Action, Content, Journal, Link, Qemu, frozen
 from tests.simulation.primary_host import PrimaryHost
 from tests.simulation.secondary_host import SecondaryHost
+from tests.simulation.switches import Switches
+from tests.simulation.toolstack import Key, Toolstack
 
 
 @dataclass
@@ -36,11 +40,15 @@ class Faults:
     stop: float = 0.0
     lost_state: float = 0.0
     qemu_restart: float = 0.0
+    bitmap_gone: float = 0.0
+    timeout: float = 0.0
+    abort: float = 0.0
+    toolstack: float = 0.0
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Faults:
         """Each kind is off in half of all worlds, so that no fault hides behind another; rare ones find late states."""
-        most = {"cut": 0.5, "store": 0.1, "work": 0.1, "effect_crash": 0.02, "qemu_restart": 0.1, "lost_state": 0.3}
+        most = {"cut": 0.5, "effect_crash": 0.02, "lost_state": 0.3, "timeout": 1.0, "abort": 0.5, "toolstack": 0.3}
         return cls(**{f.name: rng.choice((0.0, most.get(f.name, 0.1) * 10 ** rng.uniform(-2, 0))) for f in fields(cls)})
 
 
@@ -50,8 +58,12 @@ class World:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.faults = Faults.drawn(self.rng)
+        # A generator of its own: worlds without it walk as they did before disks could grow.
+        self.growth = random.Random(seed).choice((0, 0, 1, 3))
+        """So many times a disk grows."""
         self.calm = False
         self.silent = False
+        self.host_dead = False
         self.one_step = self.rng.random() < 0.5
         self.allow_full_resync = self.rng.random() < 0.5
         self.trace: deque[str] = deque(maxlen=120)
@@ -60,17 +72,19 @@ class World:
         self._values = 0
         self.links: list[Link] = []
         # What really happened, for the checks.
-        self.checkpoints: dict[tuple[Generation, EpochNumber], Content] = {}
-        self.begun: set[tuple[Generation, EpochNumber]] = set()
+        self.checkpoints: dict[Key, Content] = {}
+        self.begun: set[Key] = set()
         self.acknowledged: dict[Generation, EpochNumber] = {}
-        self.memories: set[tuple[Generation, EpochNumber]] = set()
         self.tracking_lost = False
         self.state_lost = False
+        self.taken_over: Generation | None = None
         self.ever_consistent = False
         self.answers: list[secondary.Answer] = []
-        self.failed_over: tuple[Generation, EpochNumber] | None = None
+        self.failed_over: Key | None = None
         self.requests = 0
         self.qemu = Qemu()
+        self.toolstack = Toolstack(self)
+        self.switches = Switches(self, seed)
         self.primary = PrimaryHost(self)
         self.secondary = SecondaryHost(self)
         for _ in range(self.rng.randrange(8)):
@@ -92,20 +106,37 @@ class World:
         self._values += 1
         # Zeroes are contents too, and travel differently.
         value = 0 if self.rng.random() < 0.2 else self._values
-        self.qemu.write(self.rng.randrange(DISKS), self.rng.randrange(BLOCKS), value)
+        disk = self.rng.randrange(DISKS)
+        self.qemu.write(disk, self.rng.randrange(len(self.qemu.disks[disk])), value)
+
+    def a_disk_grows(self) -> None:
+        """By a block that holds anything, as on a block device."""
+        self._values += 1
+        self.growth -= 1
+        self.qemu.grow(self.rng.randrange(DISKS), self.rng.choice((0, self._values)))
 
     # --- the walk ----------------------------------------------------------------------------------------------------
 
     def actions(self) -> Iterator[Action]:
-        yield 1.0, "guest writes", self.guest_writes
+        # Something can always happen.
+        running = not self.host_dead and self.toolstack.paused is None and not self.qemu.paused
+        yield (1.0, "guest writes", self.guest_writes) if running else (0.1, "nothing happens", lambda: None)
         yield from self.primary.actions()
+        yield from self.toolstack.actions(self.primary)
         if not self.silent:
             yield from self.secondary.actions()
+            if self.secondary.state is not None:
+                yield from self.toolstack.tell()
         live = [link for link in self.links if not link.cut_off and (link.primary_open or link.secondary_open)]
         if live and self.faults.cut and not self.calm:
             yield self.faults.cut, "the link is cut", lambda: self.rng.choice(live).cut()
-        if self.faults.qemu_restart and not self.calm:
+        # Who starts the old VM while it is not known who has it, or when it is known, does so at his own risk.
+        if self.faults.qemu_restart and not self.calm and self.primary.saved.handover is None:
             yield self.faults.qemu_restart, "QEMU restarts", self.restart_qemu
+        if self.growth and running and not self.calm:
+            yield 0.05, "a disk grows", self.a_disk_grows
+        if self.faults.bitmap_gone and not self.calm:
+            yield self.faults.bitmap_gone, "somebody removes a bitmap", self.remove_a_bitmap
 
     def step(self) -> None:
         self.steps += 1
@@ -121,25 +152,44 @@ class World:
     def restart_qemu(self) -> None:
         self.qemu.restart()
         self.tracking_lost = True
+        self.toolstack.restart()
         self.primary.die()
+
+    def remove_a_bitmap(self) -> None:
+        """One that is in use cannot be removed."""
+        used = self.primary.work.effect if self.primary.work is not None else None
+        if isinstance(used, primary.Transfer | primary.CopyAhead | primary.RemoveBitmaps):
+            return
+        bitmaps = self.rng.choice(self.qemu.bitmaps)
+        if bitmaps:
+            del bitmaps[self.rng.choice(list(bitmaps))]
+            self.tracking_lost = True
+
+    def host_dies(self) -> None:
+        """The VM, its toolstack and its controller, for good; the backup of the memory is elsewhere."""
+        self.say("the primary's host dies")
+        self.primary.die()
+        self.toolstack.host_dies()
+        self.host_dead = True
 
     # --- the toolstack -----------------------------------------------------------------------------------------------
 
-    def restorable(self, generation: Generation) -> tuple[EpochNumber, ...]:
-        """The memory checkpoints on the backup, newest first."""
-        return tuple(sorted((epoch for g, epoch in self.memories if g == generation), reverse=True))
+    def named(self, epoch: EpochNumber) -> Key | None:
+        """The checkpoint that a toolstack means, which knows of no generation: the newest of that number."""
+        return next((key for key in reversed(self.checkpoints) if key[1] == epoch), None)
 
-    def memory_complete(self, generation: Generation, epoch: EpochNumber) -> None:
-        self.memories.add((generation, epoch))
-
-    def commit_reached_primary(self, generation: Generation, epoch: EpochNumber) -> None:
+    def commit_acknowledged(self, key: Key) -> None:
         """The network output of this checkpoint is released."""
-        assert self.acknowledged.get(generation, 0) < epoch
+        generation, epoch = key
+        assert self.acknowledged.get(generation, 0) <= epoch
         if self.failed_over is not None:
             # Such an answer was under way when the failover began.
             assert epoch <= self.failed_over[1], "a commit that the failover did not take was acknowledged"
         self.acknowledged[generation] = epoch
-        self.memories = {(g, e) for g, e in self.memories if g == generation and e >= epoch}
+
+    def disks_given_up(self, key: Key) -> bool:
+        """A full copy over them has begun, or has to."""
+        return self.tracking_lost or self.state_lost or key[0] != self.secondary.store.superblock.generation
 
     def request_failover(self, *, force: bool) -> None:
         host = self.secondary
@@ -147,24 +197,28 @@ class World:
         assert state is not None
         self.requests += 1
         numbers: tuple[EpochNumber, ...] = ()
-        if not self.one_step and state.generation is not None and self.rng.random() < 0.7:
-            numbers = self.restorable(state.generation)
+        if not self.one_step and self.rng.random() < 0.7:
+            numbers = tuple(epoch for _, epoch in reversed(self.toolstack.memories))
         decided = state.failover
         if decided is not None:
             numbers = self.rng.choice(((), (decided.target,)))
         last = self.one_step or self.rng.random() < 0.5
         self.say(f"failover requested: {numbers or 'no numbers'}, last={last}, force={force}")
         event = secondary.FailoverRequested(self.requests, numbers, last, force, Generation(self.identity()))
-        before = len(self.answers)
+        before, poisoned = len(self.answers), host.poisoned
         host.handle(event)
         for answer in self.answers[before:]:
             if answer.checkpoint is None:
                 self.check_refused_failover(state, numbers, last=last, force=force)
         chosen = host.state.failover if host.state is not None else None
         if decided is None and chosen is not None and state.generation is not None:
-            best = max(numbers, default=state.committed)
-            assert chosen.target == best, f"failover takes {chosen.target}, {best} can be reached"
+            reachable = {state.committed, *secondary.in_doubt(state)}
+            best = next((epoch for epoch in numbers if epoch in reachable), state.committed)
+            # A store that was opened again may hold another than was known.
+            assert poisoned or chosen.target == best, f"failover takes {chosen.target}, {best} can be reached"
             assert chosen.target >= self.acknowledged.get(state.generation, 0), "released output is lost"
+            key = (state.generation, chosen.target)
+            assert not numbers or key in self.toolstack.memories, "the disks are of another checkpoint than the memory"
 
     def check_refused_failover(
         self, state: secondary.SecondaryState, numbers: tuple[EpochNumber, ...], *, last: bool, force: bool
@@ -172,7 +226,9 @@ class World:
         trouble = self.secondary.poisoned or state.failover is not None or self.secondary.trouble
         alive = state.link is not None and not force
         doubt = not numbers and not last and state.staged is not None
-        assert trouble or alive or doubt or not state.consistent, "a failover was refused without need"
+        # A first copy that is staged is a checkpoint as soon as the toolstack names it.
+        inconsistent = not state.consistent and not set(numbers) & set(secondary.in_doubt(state))
+        assert trouble or alive or doubt or inconsistent, "a failover was refused without need"
 
     def released(self, failover: secondary.Failover, generation: Generation) -> None:
         """Promise 1, and what the toolstack relies on."""
@@ -183,6 +239,7 @@ class World:
     # --- what must hold at every step --------------------------------------------------------------------------------
 
     def check(self) -> None:
+        self.switches.check()
         store = self.secondary.store
         if self.failed_over is not None:
             assert frozen(store.images) == self.checkpoints[self.failed_over]
@@ -205,9 +262,13 @@ class World:
 
     def check_memory(self, durable: Journal, generation: Generation, committed: EpochNumber) -> None:
         """What the toolstack may still choose is kept, and the machine knows what its journal holds."""
-        decided = self.secondary.failing_over()
-        for epoch in () if decided else self.restorable(generation):
-            assert epoch <= committed or epoch in durable.staged, f"memory {epoch} has lost its disks"
+        toolstack, key = self.toolstack, (generation, committed)
+        if not self.one_step and not self.secondary.failing_over():
+            assert key in toolstack.memories, f"checkpoint {committed} is committed without its memory"
+            assert key not in toolstack.gone, f"epoch {committed} was {toolstack.gone[key].name}, and is committed"
+            for staged_in, epoch in toolstack.staged - toolstack.dropping - set(toolstack.gone):
+                kept = epoch <= committed or epoch in durable.staged or staged_in != generation
+                assert kept, f"epoch {epoch} was staged, and is not kept"
         state = self.secondary.state
         if state is None or self.secondary.poisoned or state.failover is not None:
             return
@@ -217,7 +278,11 @@ class World:
 
     def check_tracking(self, generation: Generation, committed: EpochNumber, held: Content) -> None:
         """Promise 5: every block that differs from the last commit is in a bitmap that may be sent upon it."""
-        if self.tracking_lost or self.state_lost:
+        if self.tracking_lost or self.state_lost or self.primary.handed_over():
+            return
+        if generation == self.taken_over:
+            # A full copy was begun by leave and did not come about: the disks are compared.
+            assert self.allow_full_resync, "a full copy without leave"
             return
         bases: list[EpochNumber] = []
         for disk, bitmaps in enumerate(self.qemu.bitmaps):
@@ -230,7 +295,9 @@ class World:
             bases.append(min(known))
             dirty = set().union(*(bitmap.dirty for bitmap in ours.values()))
             here = self.qemu.disks[disk]
-            differing = {block for block in range(BLOCKS) if here[block] != held[disk][block]}
+            # What a disk has gained is compared, whatever the bitmaps say.
+            both = range(min(len(here), len(held[disk])))
+            differing = {block for block in both if here[block] != held[disk][block]}
             assert differing <= dirty, f"blocks {differing - dirty} of disk {disk} are forgotten"
         assert max(bases) <= committed, "the bitmaps begin after what the secondary holds"
 
@@ -246,21 +313,43 @@ class World:
         acknowledged = dict(self.acknowledged)
         for _ in range(limit):
             self.step()
-            if self.primary.refused_for_good():
+            if self.primary.refused_for_good() or self.primary.handed_over():
                 return False
             state = self.primary.state
-            protected = state is not None and primary.replication(state) is Replication.PROTECTED
+            good = {Replication.PROTECTED, Replication.VERIFYING}
+            protected = state is not None and primary.replication(state) in good
             if protected and self.acknowledged != acknowledged:
+                doubt = self.primary.saved.handover
+                assert doubt is not None or not self.qemu.paused or self.qemu.armed, (
+                    "the VM was left paused for nothing"
+                )
                 return True
         raise AssertionError(f"not protected after {limit} quiet steps")
+
+    def switch_over(self, limit: int) -> None:
+        """An operator insists: in the end the VM has moved, and its old controller knows it; unless it was refused."""
+        self.switches.insists = self.one_step
+        for _ in range(limit // 4):
+            self.step()
+        if self.settle(limit) and self.switches.insists:
+            for _ in range(limit):
+                if self.primary.handed_over() or self.primary.refused_for_good():
+                    break
+                self.step()
+            else:
+                raise AssertionError(f"not handed over after {limit} quiet steps")
 
     def stop_primary(self, limit: int = 60) -> None:
         """The secondary is silent, and the primary must come to its end all the same."""
         self.calm = True
         self.silent = True
         self.say("--- stop ---")
-        if not self.primary.running():
+        state = self.primary.state
+        if state is None:
             return
+        if state.phase is primary.Phase.STARTING:
+            # It leaves what an earlier one has left: it has not looked yet.
+            self.primary.attach()
         self.primary.handle(primary.StopRequested())
         for _ in range(limit):
             if not self.primary.running():
@@ -272,11 +361,13 @@ class World:
             # Work on the bitmaps had failed: the next start puts them in order.
             return
         tracked = [len(bitmaps) for bitmaps in self.qemu.bitmaps]
-        assert tracked in ([0] * DISKS, [1] * DISKS), "more than one bitmap was left behind"
+        assert max(tracked) <= 1, "more than one bitmap was left behind"
 
     def fail_over(self, *, force: bool, limit: int = 400) -> None:
         """Ask, again and again, among whatever else happens, until the disks are free."""
-        if force or self.rng.random() < 0.5:
+        if self.rng.random() < 0.3:
+            self.host_dies()
+        elif force or self.rng.random() < 0.5:
             self.primary.die()
         for attempt in range(limit):
             if attempt > limit // 2:
@@ -286,8 +377,8 @@ class World:
             state = self.secondary.state
             if state is not None and self.rng.random() < 0.2:
                 self.request_failover(force=force or attempt > limit // 3)
-                if not state.consistent and not self.secondary.poisoned and state.failover is None:
-                    assert self.secondary.state is None or self.secondary.state.failover is None
+                undecided = self.secondary.state is None or self.secondary.state.failover is None
+                if not state.consistent and not self.secondary.poisoned and undecided:
                     return
             else:
                 self.step()

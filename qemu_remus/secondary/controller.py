@@ -9,7 +9,7 @@ applier, and the control socket.  What may not enter: decisions (the machine's),
 from __future__ import annotations
 
 import contextlib
-import uuid
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial, singledispatchmethod
@@ -22,19 +22,26 @@ from qemu_remus.control import ControlServer
 from qemu_remus.core import messages as m
 from qemu_remus.core import secondary_machine as machine
 from qemu_remus.core.commands import (
+    DiskChanged,
+    EpochWasAborted,
+    EpochWasCommitted,
+    EpochWasStaged,
     EventName,
-    FailoverArguments,
     FailoverCompleted,
-    FailoverResult,
     Nothing,
-    ReplicationChanged,
+    ReplicationStateChanged,
 )
-from qemu_remus.core.errors import ConfigError, LinkError, NoSpace, RefusalCode, StorageError
-from qemu_remus.core.model import EpochNumber, Generation, Role
+from qemu_remus.core.errors import ConfigError, LinkError, NoSpace, RefusalCode, StorageError, TargetUnsuitable
+from qemu_remus.core.model import DiskStanding, EpochNumber, Role
 from qemu_remus.core.report import Checkpoints, DiskReport, EpochCounts, FailoverReport, Report
 from qemu_remus.core.settings import Address, SecondaryConfig
+from qemu_remus.core.target_spec import known_target
+from qemu_remus.core.times import stamped_secondary
 from qemu_remus.core.wire import digest_update
 from qemu_remus.link import Link, open_link
+from qemu_remus.secondary.applier import Applier
+from qemu_remus.secondary.desk import RequestDesk
+from qemu_remus.secondary.retry import RetryTimer
 from qemu_remus.storage.store import Store
 
 QUEUE_LIMIT: Final = 64
@@ -91,29 +98,29 @@ class SecondaryController:
         self._next_link = 1
         self._digest = 0
         self._counts = (0, 0)
-        self._apply_wanted = trio.Event()
-        self._applied = trio.Event()
-        self._apply_failed = False
-        self._answers: dict[int, _Answer] = {}
-        self._next_request = 1
+        self._applier = Applier(store, self._post)
+        self._retry = RetryTimer(self._post.send)
         self._committed_at: float | None = None
         self._committed_epochs = 0
         self._lost_epochs = 0
         self._bytes = (0, 0)
         self._peer_numbers = m.Heartbeat()
+        self._desk = RequestDesk(self._post.send, self.report)
         self._control = ControlServer(
             config.control,
-            {"query-replication": self._query_replication, "failover": self._failover},
+            {"query-replication": self._query_replication, **self._desk.handlers()},
         )
 
     # --- tasks ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Serve until cancelled."""
+        self._store.on_lost = partial(_tell_soon, trio.lowlevel.current_trio_token(), self._applier.target_lost)
         async with trio.open_nursery() as nursery:
             await nursery.start(self._control.serve)
             nursery.start_soon(self._engine)
-            nursery.start_soon(self._applier)
+            nursery.start_soon(self._applier.run)
+            nursery.start_soon(self._retry.run)
             await nursery.start(self._listen)
             _log.info(
                 "the secondary is ready",
@@ -183,31 +190,9 @@ class SecondaryController:
             sent, received = self._bytes
             self._bytes = (sent + peer.link.bytes_sent, received + peer.link.bytes_received)
 
-    async def _applier(self) -> None:
-        """Bring committed epochs into the images, in the background."""
-        while True:
-            await self._apply_wanted.wait()
-            self._apply_wanted = trio.Event()
-            while self._store.backlog and not self._store.failing_over:
-                try:
-                    applied = await self._in_thread(self._store.apply_some)
-                    self._apply_failed = False
-                except StorageError as error:
-                    self._apply_failed = True
-                    _log.error("an image cannot be written", reason=str(error))
-                    await self._post.send(machine.ApplyFailed(str(error)))
-                    break
-                finally:
-                    self._applied.set()
-                    self._applied = trio.Event()
-                if applied is not None:
-                    await self._post.send(machine.Applied(applied))
-
     # --- the engine ----------------------------------------------------------------------------------------------
 
     async def _engine(self) -> None:
-        if self._store.backlog:
-            self._apply_wanted.set()
         async with self._events:
             async for event in self._events:
                 # Between two events nothing is half done; within one, a cancelled wait must not skip an effect.
@@ -218,7 +203,9 @@ class SecondaryController:
         waiting: deque[machine.Event] = deque([event])
         while waiting:
             before = self._state
-            self._state, effects = machine.step(before, waiting.popleft())
+            after, effects = machine.step(before, waiting.popleft())
+            self._state = stamped_secondary(before, after, int(time.time()))
+            self._store.decided = self._state.decided
             for effect in effects:
                 try:
                     result = await self._perform(effect)
@@ -265,14 +252,22 @@ class SecondaryController:
         await self._in_thread(partial(self._store.write_images, effect.message.extents, effect.message.data))
 
     @_perform.register
-    async def _(self, effect: machine.FlushImages) -> None:
-        await self._in_thread(self._store.flush_images)
+    async def _(self, effect: machine.FlushImages) -> machine.Event:
+        await self._in_thread(partial(self._store.flush_sync, effect.position))
+        return machine.ImagesFlushed(effect.position)
+
+    @_perform.register
+    async def _(self, effect: machine.ReopenTargets) -> machine.Event:
+        _log.info("the first copy of the disks goes on", done_bytes=self._state.position)
+        await self._in_thread(self._store.reopen_targets)
+        return machine.TargetsReopened()
 
     @_perform.register
     async def _(self, effect: machine.BeginEpoch) -> None:
         self._digest = 0
         self._counts = (0, 0)
-        await self._in_thread(partial(self._store.begin_epoch, effect.epoch, effect.base))
+        await self._in_thread(partial(self._store.begin_epoch, effect.epoch, effect.base, effect.disks))
+        await self._applier.with_room(partial(self._store.set_disks, effect.epoch))
 
     @_perform.register
     async def _(self, effect: machine.AppendEpoch) -> None:
@@ -281,18 +276,15 @@ class SecondaryController:
         extents, payload = self._counts
         self._counts = (extents + len(message.extents), payload + len(message.data))
         append = partial(self._store.append, message.epoch, message.extents, message.data)
-        while True:
-            applied = self._applied
-            try:
-                await self._in_thread(append)
-            except NoSpace:
-                # What is committed makes room as it gets applied: the link waits, and with it the primary.
-                if not self._store.backlog or self._store.poisoned or self._apply_failed:
-                    raise
-                self._apply_wanted.set()
-                await applied.wait()
-            else:
-                return
+        # While there is no room the link waits, and with it the primary.
+        await self._applier.with_room(append)
+
+    @_perform.register
+    async def _(self, effect: machine.CompareBlocks) -> machine.Event:
+        asked = effect.message
+        await self._applier.caught_up()
+        compare = partial(self._store.compare, asked.disk, asked.offset, asked.block_size, asked.digests)
+        return machine.Compared(await self._in_thread(compare))
 
     @_perform.register
     async def _(self, effect: machine.StageEpoch) -> machine.Event:
@@ -300,6 +292,7 @@ class SecondaryController:
         self._check_whole(end)
         if not end.commit:
             await self._in_thread(partial(self._store.stage, end.epoch))
+            self._control.emit(EventName.EPOCH_STAGED, EpochWasStaged(self._config.pair, end.epoch))
             return machine.Staged(end.epoch)
         await self._in_thread(partial(self._store.stage_and_commit, end.epoch))
         return self._committed(end.epoch)
@@ -318,6 +311,7 @@ class SecondaryController:
     def _committed(self, epoch: EpochNumber) -> machine.CommitDone:
         self._committed_at = trio.current_time()
         self._committed_epochs += 1
+        self._control.emit(EventName.EPOCH_COMMITTED, EpochWasCommitted(self._config.pair, epoch))
         return machine.CommitDone(epoch)
 
     @_perform.register
@@ -326,8 +320,10 @@ class SecondaryController:
         return self._committed(effect.epoch)
 
     @_perform.register
-    async def _(self, effect: machine.AbortEpoch) -> None:
+    async def _(self, effect: machine.AbortEpoch) -> machine.Event:
         await self._in_thread(partial(self._store.abort, effect.epoch))
+        self._control.emit(EventName.EPOCH_ABORTED, EpochWasAborted(self._config.pair, effect.epoch))
+        return machine.AbortDone(effect.epoch)
 
     @_perform.register
     async def _(self, effect: machine.DropUnfinished) -> None:
@@ -336,7 +332,17 @@ class SecondaryController:
 
     @_perform.register
     async def _(self, effect: machine.WakeApply) -> None:
-        self._apply_wanted.set()
+        self._applier.wake()
+
+    @_perform.register
+    async def _(self, effect: machine.ScheduleRetry) -> None:
+        self._retry.schedule(effect.failures)
+
+    @_perform.register
+    async def _(self, effect: machine.ReopenStore) -> machine.Event:
+        found = await self._in_thread(self._store.reopen)
+        _log.info("the store was opened again", committed=found.committed, applied=found.applied, staged=found.staged)
+        return machine.Reopened(found)
 
     @_perform.register
     async def _(self, effect: machine.SaveFailover) -> machine.Event:
@@ -353,10 +359,7 @@ class SecondaryController:
 
     @_perform.register
     async def _(self, effect: machine.Answer) -> None:
-        answer = self._answers.get(effect.request)
-        if answer is not None:
-            answer.result = effect
-            answer.given.set()
+        self._desk.reply(effect)
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await trio.to_thread.run_sync(work)
@@ -365,6 +368,7 @@ class SecondaryController:
 
     def _tell(self, before: machine.SecondaryState) -> None:
         """Say what has changed, in the log and as an event."""
+        self._tell_of_disks(before)
         old = (machine.connection(before), machine.disk_state(before), machine.replication(before))
         new = (machine.connection(self._state), machine.disk_state(self._state), machine.replication(self._state))
         if old == new:
@@ -372,8 +376,23 @@ class SecondaryController:
         connection, disk, replication = new
         reason = self._state.reason or None
         _log.info("state", connection=connection.value, disk=disk.value, replication=replication.value, reason=reason)
-        changed = ReplicationChanged(self._config.pair, Role.SECONDARY, connection, disk, replication, reason)
-        self._control.emit(EventName.REPLICATION_CHANGED, changed)
+        changed = ReplicationStateChanged(self._config.pair, Role.SECONDARY, connection, disk, replication, reason)
+        self._control.emit(EventName.REPLICATION_STATE_CHANGED, changed)
+
+    def _tell_of_disks(self, before: machine.SecondaryState) -> None:
+        """Say which disks the newest checkpoint has that the one before it did not have so."""
+        state = self._state
+        if before.disks == state.disks or state.committed is None or before.committed is None:
+            return
+        old, new = ({disk.name: disk.size for disk in one.disks} for one in (before, state))
+        for name in dict.fromkeys((*old, *new)):
+            if old.get(name) == new.get(name):
+                continue
+            kind = DiskStanding.GONE if name not in new else DiskStanding.PROTECTED
+            what = "gone" if name not in new else "new" if name not in old else "resized"
+            _log.warning("a disk is another", disk=name, what=what, size=new.get(name), checkpoint=state.committed)
+            changed = DiskChanged(self._config.pair, name, kind, new.get(name, old.get(name)), None)
+            self._control.emit(EventName.DISK_CHANGED, changed)
 
     def _summary(self) -> dict[str, object]:
         state = self._state
@@ -422,44 +441,29 @@ class SecondaryController:
         )
 
     def _disks(self) -> tuple[DiskReport, ...]:
-        sizes = {disk.name: disk.size or None for disk in self._state.disks}
-        return tuple(
-            DiskReport(name, size=sizes.get(name), target=str(path)) for name, path in self._config.disks.items()
-        )
+        present = {disk.name: disk.size for disk in self._state.disks if disk.size}
+        held = self._state.consistent
+        reports = []
+        for disk in self._store.disks():
+            if disk.name in present:
+                state = DiskStanding.PROTECTED if held else DiskStanding.SYNCING
+            elif disk.gone is not None or disk.size:
+                state = DiskStanding.GONE
+            else:
+                state = DiskStanding.FREE
+            size = present.get(disk.name) or disk.size or None
+            target = known_target(disk.name, disk.path)
+            reports.append(DiskReport(disk.name, size, None, target.location, target.format, state, gone_at=disk.gone))
+        return tuple(reports)
 
     async def _query_replication(self, _: Nothing) -> Report:
         return self.report()
 
-    async def _failover(self, arguments: FailoverArguments) -> FailoverResult:
-        request = self._next_request
-        self._next_request += 1
-        answer = self._answers[request] = _Answer()
-        try:
-            await self._post.send(
-                machine.FailoverRequested(
-                    request,
-                    arguments.checkpoints,
-                    arguments.last_committed,
-                    arguments.force,
-                    Generation(uuid.uuid4()),
-                )
-            )
-            await answer.given.wait()
-        finally:
-            del self._answers[request]
-        assert answer.result is not None
-        if answer.result.error is not None:
-            raise answer.result.error
-        assert answer.result.checkpoint is not None
-        return FailoverResult(answer.result.checkpoint, self._state.generation, self._disks())
 
-
-class _Answer:
-    """Where a failover request waits."""
-
-    def __init__(self) -> None:
-        self.given = trio.Event()
-        self.result: machine.Answer | None = None
+def _tell_soon(token: trio.lowlevel.TrioToken, tell: Callable[[str], None], what: str) -> None:
+    """From another thread, which does not wait for us."""
+    with contextlib.suppress(trio.RunFinishedError):
+        token.run_sync_soon(tell, what)
 
 
 class _Started:
@@ -473,7 +477,8 @@ class _Started:
 
 
 def _refusal(effect: machine.Effect, error: StorageError) -> RefusalCode:
-    if isinstance(effect, machine.PrepareTargets):
+    no_target = isinstance(effect, machine.BeginEpoch) and isinstance(error, TargetUnsuitable)
+    if isinstance(effect, machine.PrepareTargets) or no_target:
         # Nobody but the operator can help, whatever it is that the targets lack.
         return RefusalCode.TARGET_UNSUITABLE
     return RefusalCode.NO_SPACE if isinstance(error, NoSpace) else RefusalCode.STORAGE_FAILED
