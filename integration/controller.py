@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from integration.process import Finished, Process, run, start_process
+from integration.process import Finished, Process, children, run, start_process
 from integration.qmp import QmpError, open_qmp
 
 #: The console script of the environment that the tests run in.
@@ -108,13 +108,9 @@ class Controller:
 
         :raise AssertionError: when it has none, or several, at the moment.
         """
-        children = [
-            int(child)
-            for thread in Path(f"/proc/{self.process.pid}/task").iterdir()
-            for child in (thread / "children").read_text().split()
-        ]
-        assert len(children) == 1, children
-        return children[0]
+        found = children(self.process.pid)
+        assert len(found) == 1, found
+        return found[0]
 
     async def kill(self) -> None:
         """SIGKILL; returns when it has ended."""

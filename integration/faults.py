@@ -15,7 +15,7 @@ import shutil
 import signal
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -336,26 +336,11 @@ def hung(pid: int) -> Iterator[None]:
         os.close(descriptor)
 
 
-def children(pid: int, word: str) -> Sequence[int]:
-    """The process' children that have this word in their command lines."""
-    found = []
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            try:
-                command = Path(f"/proc/{child}/cmdline").read_text()
-            except FileNotFoundError:
-                continue
-            if word in command:
-                found.append(int(child))
-    return found
-
-
 __all__ = [
     "FileSystem",
     "Link",
     "MIB",
     "Namespace",
-    "children",
     "hung",
     "largest_file",
     "need_root",

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +156,44 @@ async def background() -> AsyncIterator[trio.Nursery]:
         if len(group.exceptions) == 1:
             raise group.exceptions[0] from None
         raise
+
+
+def children(pid: int, word: str = "") -> list[int]:
+    """Process ids of a process' children, in order: those that have this word in their command lines.
+
+    Threads and children that come or go meanwhile do no harm.
+    """
+    found = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        # a thread that has ended has no children: they are another thread's then
+        for child in _read(thread / "children").split():
+            if word in _read(Path(f"/proc/{child}/cmdline")):
+                found.append(int(child))
+    return sorted(found)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, waited for or not."""
+    state = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1]
+    return state in ([], ["Z"])
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process has open, deleted files too."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        # closed since it was listed
+        with suppress(FileNotFoundError):
+            found.append(str(link.readlink()))
+    return found
+
+
+def _read(path: Path) -> str:
+    """A file of ``/proc``; empty where what it is about has ended, before the opening or before the reading."""
+    try:
+        return path.read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 async def run(

@@ -33,6 +33,7 @@ from integration.harness import (
     start_proxy,
     start_secondary,
 )
+from integration.process import open_files
 
 SIZE = 4 << 20
 BIG = 48 << 20
@@ -82,11 +83,6 @@ async def assert_untouched(machine: Machine, before: Seen, *directories: Path, b
     assert [name for name in open_files(machine.pid) if "fleece" in name] == []
     for directory in directories:
         assert left_in(directory) == []
-
-
-def open_files(pid: int) -> list[str]:
-    """What a process has open, deleted files too."""
-    return [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def left_in(directory: Path) -> list[Path]:

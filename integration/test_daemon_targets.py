@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from integration.faults import small_file_system
+from integration.process import gone
 from qemu_remus.core.errors import (
     ConfigError,
     NoSpace,
@@ -123,15 +125,6 @@ def scribble_and_flush(target: DaemonTarget, model: bytearray, seed: int) -> Non
 def write_and_flush(target: DaemonTarget, offset: int, data: bytes) -> None:
     target.write(offset, data)
     target.flush()
-
-
-def gone(pid: int | None) -> bool:
-    assert pid is not None
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return True
-    return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def see(condition: Callable[[], bool]) -> None:
@@ -370,7 +363,7 @@ def test_a_daemon_that_hangs_is_killed(scratch: Path, monkeypatch: pytest.Monkey
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(WriteFailed, match="silent"):
             target.flush()
-        see(lambda: gone(pid))
+        see(partial(gone, pid))
         target.reset_after_failure()
         target.write(0, b"y")
         target.flush()

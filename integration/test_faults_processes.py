@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from integration.faults import children, hung
+from integration.faults import hung
 from integration.harness import Disk, GuestImage, check_disks, committed, make_ext4, make_image, open_qmp
 from integration.pair import MIB, Pair, fill, image, pair_of, scribble
+from integration.process import children
 from integration.pulse import Guest, Stalls, start_guest_load
 
 SIZE = 12 * MIB

@@ -32,7 +32,7 @@ from integration.harness import (
     start_primary,
     start_secondary,
 )
-from integration.process import run, start_process
+from integration.process import children, gone, run, start_process
 from integration.test_resync import remove_bitmaps
 
 KIB = 1 << 10
@@ -127,28 +127,11 @@ async def until(condition: Callable[[], bool], timeout: float = 60.0) -> None:
 
 def daemons(secondary: Controller) -> list[int]:
     """Process ids of the storage daemons that the secondary has."""
-    return [pid for pid in children(secondary.process.pid) if "qemu-storage" in name_of(pid)]
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (thread / "children").read_text().split()]
-    return sorted(found)
+    return [pid for pid in children(secondary.process.pid, "qemu-storage-daemon") if not gone(pid)]
 
 
 def all_gone(pids: Sequence[int]) -> bool:
-    return not any(name_of(pid) for pid in pids)
-
-
-def name_of(pid: int) -> str:
-    """Empty where it has ended."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return ""
-    name, _, rest = stat.rpartition(")")
-    return "" if rest.split()[0] == "Z" else name
+    return all(map(gone, pids))
 
 
 def image_at(scratch: Path, name: str, size: int) -> Path:
