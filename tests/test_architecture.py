@@ -24,8 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control_socket": {"core"},
     "control_client": {"core"},
     "control": {"core", "control_socket", "streams"},
-    "primary": {"core", "link", "qemu", "nbd", "storage", "control"},  # see STORAGE_IN_PRIMARY
-    "secondary": {"core", "link", "storage", "control"},
+    "primary": {"core", "link", "qemu", "nbd", "storage", "control", "streams"},  # see STORAGE_IN_PRIMARY
+    "secondary": {"core", "link", "storage", "control", "streams"},
     "config": {"core"},
     "logs": {"core"},
     "status": {"core"},

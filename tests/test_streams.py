@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from qemu_remus.streams import receive, send_at_once
+from qemu_remus.streams import put, receive, send_at_once
 
 Pair = tuple[trio.SocketStream, trio.SocketStream]
 
@@ -120,3 +120,23 @@ async def test_a_stream_that_is_no_socket_goes_the_usual_way() -> None:
     assert send_at_once(ours, b"x") == 0
     await ours.send_all(b"memory")
     assert await receive(theirs, 10) == b"memory"
+
+
+async def test_what_is_put_into_a_queue_waits_only_where_it_is_full() -> None:
+    give, take = trio.open_memory_channel[str](1)
+    others: list[str] = []
+
+    async def other() -> None:
+        others.append("ran")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        await put(give, "a")
+        assert others == []
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await put(give, "b")
+        assert scope.cancelled_caught
+        nursery.start_soon(put, give, "c")
+        await trio.testing.wait_all_tasks_blocked()
+        assert [await take.receive(), await take.receive()] == ["a", "c"]

@@ -1,4 +1,4 @@
-"""The primary's engine: it takes events from a bounded queue, one at a time, and carries out their effects.
+"""The primary's controller: its engine takes one event after another, and carries out its effects.
 
 What takes long (*work*) runs beside it, one piece at a time, and ends with an event.  Around it: the link, a timer, a
 watch on QEMU, the control socket.  What may not enter: decisions (:mod:`qemu_remus.core.primary_machine`'s), QMP and
@@ -38,6 +38,7 @@ from qemu_remus.core.model import Generation
 from qemu_remus.core.report import Report
 from qemu_remus.core.settings import PrimaryConfig
 from qemu_remus.core.times import stamped_primary
+from qemu_remus.primary.engine import Engine
 from qemu_remus.primary.first_state import first_state
 from qemu_remus.primary.link_keeper import LinkKeeper, backoff
 from qemu_remus.primary.outcome import patience, why
@@ -55,9 +56,6 @@ from qemu_remus.qemu.client import QmpClient
 from qemu_remus.qemu.shutdown import Ending
 from qemu_remus.qemu.survey import Surveyor
 from qemu_remus.storage.memory import PrimaryMemory
-
-QUEUE_LIMIT: Final = 64
-"""Most events that wait for the engine."""
 
 STOP_PATIENCE: Final = 5.0
 """Seconds that an epoch under way gets to end by itself when the controller has to stop."""
@@ -92,7 +90,10 @@ class PrimaryController:
         self._attachment = attachment
         self._surveyor = surveyor
         self._state = toolstack.ToolstackState(first_state(config, memory, attachment.disks))
-        self._post, self._events = trio.open_memory_channel[toolstack.Event | Overdue](QUEUE_LIMIT)
+        self._engine = Engine[toolstack.Event | Overdue](
+            self._handle, lambda: self._primary.phase is machine.Phase.STOPPED
+        )
+        post = self._engine.post
         self._link = LinkKeeper(
             config.peer,
             config.heartbeat_timeout_seconds,
@@ -103,7 +104,7 @@ class PrimaryController:
             on_refusal=self._on_refusal,
             on_down=self._on_down,
         )
-        self._resizes = ResizeDesk(self._post.send)
+        self._resizes = ResizeDesk(post)
         self._work = Work(
             config.pair,
             attachment,
@@ -114,16 +115,17 @@ class PrimaryController:
         )
         self._saving = trio.Lock()
         self._nursery: trio.Nursery | None = None
-        self._worker = Worker()
+        # Two: a piece of work tells the engine of its end by itself, and the next one follows from that.
+        self._workers = (Worker(), Worker())
         self._work_scope = trio.CancelScope()
         self._timer_scope = trio.CancelScope()
         self._answer_due = math.inf
         self._failure: QemuRemusError | None = None
-        self._desk = ToolstackDesk(self._tell, lambda: (self._work.dirty_bytes, self._work.pause_seconds))
+        self._desk = ToolstackDesk(self._engine.give, lambda: (self._work.dirty_bytes, self._work.pause_seconds))
         self._verify = VerifyDesk(
-            self._post.send, attachment, self._work.verifier, default_rate=config.rate_bytes_per_second or VERIFY_RATE
+            post, attachment, self._work.verifier, default_rate=config.rate_bytes_per_second or VERIFY_RATE
         )
-        self._switch_desk = SwitchDesk(self._tell)
+        self._switch_desk = SwitchDesk(post)
         handlers = {**self._desk.handlers(), **self._verify.handlers(), **self._switch_desk.handlers()}
         handlers |= self._resizes.handlers()
         self._control = ControlServer(config.control, {"query-replication": self._query_replication, **handlers})
@@ -145,15 +147,16 @@ class PrimaryController:
             await nursery.start(self._control.serve)
             nursery.start_soon(self._watch_qemu)
             nursery.start_soon(watch_dirty, self._work, self._attachment, self._counts_by_itself)
-            nursery.start_soon(watch_disks, self._client, self._surveyor, self._post.send)
+            nursery.start_soon(watch_disks, self._client, self._surveyor, self._engine.post)
             nursery.start_soon(self._telling.watch_sync, lambda: machine.replication(self._primary))
             nursery.start_soon(self._telling.watch_verify, lambda: self._primary)
             nursery.start_soon(self._verify.run)
-            nursery.start_soon(self._worker.run)
+            for worker in self._workers:
+                nursery.start_soon(worker.run)
             nursery.start_soon(self._desk.run)
             nursery.start_soon(self._watch_stop, stop)
             nursery.start_soon(self._watch_guest)
-            nursery.start_soon(watch_answers, lambda: self._answer_due, self._post.send)
+            nursery.start_soon(watch_answers, lambda: self._answer_due, self._engine.post)
             _log.info(
                 "attached to QEMU",
                 pair=self._config.pair,
@@ -161,8 +164,8 @@ class PrimaryController:
                 disks=" ".join(f"{disk.name}={disk.node}" for disk in self._attachment.disks),
                 control=str(self._config.control),
             )
-            await self._post.send(machine.Attached(await self._work.found()))
-            await self._engine()
+            await self._engine.post(machine.Attached(await self._work.found()))
+            await self._engine.run()
             # Whoever waits for an answer has it now, and it is on its way.
             await self._control.finish(GOODBYE_TIMEOUT)
             nursery.cancel_scope.cancel()
@@ -185,7 +188,7 @@ class PrimaryController:
             return
         await self._ending.came.wait()
         _log.info("the guest has powered off: QEMU ends when what it wrote last is committed")
-        checkpoint = await last_checkpoint(lambda: self._primary, self._post.send)
+        checkpoint = await last_checkpoint(lambda: self._primary, self._engine.post)
         if checkpoint is not None:
             _log.info("the secondary holds all that the guest has written", checkpoint=checkpoint)
         else:
@@ -202,9 +205,9 @@ class PrimaryController:
         await self._stop_within(STOP_PATIENCE, machine_timeout=STOP_TIMEOUT)
 
     async def _stop_within(self, patience: float, *, machine_timeout: float) -> None:
-        await self._post.send(machine.StopRequested())
+        await self._engine.post(machine.StopRequested())
         await trio.sleep(patience)
-        await self._post.send(machine.StopDeadline())
+        await self._engine.post(machine.StopDeadline())
         await trio.sleep(machine_timeout)
         self._running().cancel_scope.cancel()
 
@@ -218,39 +221,27 @@ class PrimaryController:
 
     # --- the engine --------------------------------------------------------------------------------------------------
 
-    async def _engine(self) -> None:
-        while self._primary.phase is not machine.Phase.STOPPED:
-            event = await self._next_event()
-            before = self._primary
-            self._state, effects = toolstack.step(self._state, event)
-            primary = stamped_primary(before, self._primary, int(time.time()))
-            if primary is not self._primary:
-                self._state = replace(self._state, primary=primary)
-            if self._primary.phase is not before.phase:
-                self._answer_due = trio.current_time() + patience(self._primary.phase)
-            self._note(before, event)
-            for effect in effects:
-                await _how(type(effect))(self, effect)
-            self._telling.tell(before, self._primary)
+    async def _handle(self, event: toolstack.Event | Overdue) -> None:
+        if not isinstance(event, Overdue):
+            await self._step(event)
+        elif event.due == self._answer_due:
+            self._answer_due = math.inf
+            reason = "the secondary is alive but did not answer in time"
+            await self._link.close(m.Goodbye(RefusalCode.PROTOCOL, reason))
+            await self._step(machine.LinkDown(reason))
 
-    async def _tell(self, event: toolstack.Event) -> None:
-        """Queue an event, waiting for room: where there is some, without a turn of the scheduler, which would cost a
-        checkpoint of nothing a tenth of its time."""
-        try:
-            self._post.send_nowait(event)
-        except trio.WouldBlock:
-            await self._post.send(event)
-
-    async def _next_event(self) -> toolstack.Event:
-        while True:
-            event = await self._events.receive()
-            if not isinstance(event, Overdue):
-                return event
-            if event.due == self._answer_due:
-                self._answer_due = math.inf
-                reason = "the secondary is alive but did not answer in time"
-                await self._link.close(m.Goodbye(RefusalCode.PROTOCOL, reason))
-                return machine.LinkDown(reason)
+    async def _step(self, event: toolstack.Event) -> None:
+        before = self._primary
+        self._state, effects = toolstack.step(self._state, event)
+        primary = stamped_primary(before, self._primary, int(time.time()))
+        if primary is not self._primary:
+            self._state = replace(self._state, primary=primary)
+        if self._primary.phase is not before.phase:
+            self._answer_due = trio.current_time() + patience(self._primary.phase)
+        self._note(before, event)
+        for effect in effects:
+            await _how(type(effect))(self, effect)
+        self._telling.tell(before, self._primary)
 
     @singledispatchmethod
     async def _perform(self, effect: toolstack.Effect) -> None:
@@ -390,12 +381,12 @@ class PrimaryController:
     async def _timer(self, due: float, scope: trio.CancelScope) -> None:
         with scope:
             await trio.sleep_until(due)
-            await self._post.send(machine.CheckpointDue())
+            await self._engine.post(machine.CheckpointDue())
 
     def _start(self, work: Callable[[], Awaitable[machine.Event]]) -> None:
         self._work_scope = trio.CancelScope()
         job = partial(self._run_work, work, self._work_scope)
-        if not self._worker.take(job):  # the piece before is on its way out
+        if not any(worker.take(job) for worker in self._workers):  # pieces before are on their way out
             self._running().start_soon(job)
 
     async def _run_work(self, work: Callable[[], Awaitable[machine.Event]], scope: trio.CancelScope) -> None:
@@ -414,7 +405,7 @@ class PrimaryController:
         if isinstance(result, machine.WorkFailed) and self._client.closed.is_set():
             # What failed in its last moments explains nothing.
             result = machine.WorkFailed(_QEMU_GONE)
-        await self._tell(result)
+        await self._engine.give(result)
 
     async def _disks_changed(self) -> bool:
         with contextlib.suppress(QemuError):
@@ -452,7 +443,7 @@ class PrimaryController:
     async def _on_hello(self, ours: m.Hello, theirs: m.Hello) -> None:
         with contextlib.suppress(QemuError):
             self._work.dirty_bytes = await self._attachment.dirty_bytes()
-        await self._post.send(machine.LinkUp(ours, theirs, Generation(uuid.uuid4()), self._work.dirty_bytes))
+        await self._engine.post(machine.LinkUp(ours, theirs, Generation(uuid.uuid4()), self._work.dirty_bytes))
 
     async def _on_message(self, message: m.Message) -> None:
         if isinstance(message, m.BlocksDiffer):
@@ -460,19 +451,19 @@ class PrimaryController:
         else:
             if isinstance(message, m.SyncFlushed):
                 self._work.flushed(message.token)
-            await self._tell(machine.FromPeer(message))
+            await self._engine.post(machine.FromPeer(message))
 
     async def _on_refusal(self, refusal: m.Goodbye | QemuRemusError) -> None:
         if isinstance(refusal, m.Goodbye):
-            await self._post.send(machine.LinkRefused(refusal))
+            await self._engine.post(machine.LinkRefused(refusal))
         elif self._primary.committed is None:
             # Never yet protected, and it will not pass by itself: better an end that is seen than a quiet retry.
             self._failure = refusal
-            await self._post.send(machine.StopRequested())
+            await self._engine.post(machine.StopRequested())
 
     async def _on_down(self, reason: str) -> None:
         self._work.comparison.link_lost()
-        await self._post.send(machine.LinkDown(reason))
+        await self._engine.post(machine.LinkDown(reason))
 
     # --- what others see ---------------------------------------------------------------------------------------------
 

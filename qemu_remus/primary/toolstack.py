@@ -83,7 +83,8 @@ class ToolstackDesk:
         try:
             await self._post(Request(number, kind, epoch, pause))
             self._alarm.deadline = min(self._alarm.deadline, slot.due)
-            await slot.given.wait()
+            if slot.reply is None:
+                await slot.given.wait()
         finally:
             del self._waiting[number]
         if slot.reply is None:

@@ -43,6 +43,7 @@ from qemu_remus.secondary.applier import Applier
 from qemu_remus.secondary.desk import RequestDesk
 from qemu_remus.secondary.retry import RetryTimer
 from qemu_remus.storage.store import Store
+from qemu_remus.streams import put
 
 QUEUE_LIMIT: Final = 64
 """Most events that wait for the engine."""
@@ -183,7 +184,7 @@ class SecondaryController:
             if isinstance(message, m.Heartbeat):
                 self._peer_numbers = message
             else:
-                await self._post.send(machine.FromPeer(number, message))
+                await put(self._post, machine.FromPeer(number, message))
 
     def _count_bytes(self, peer: _Peer | None) -> None:
         if peer is not None:
