@@ -6,8 +6,10 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ from qemu_remus.core.errors import (
 )
 from qemu_remus.core.target_spec import IMAGE_FORMATS, TargetSpec
 from qemu_remus.storage.daemon_target import DaemonTarget
+from qemu_remus.storage.programs import Child
 from qemu_remus.storage.qemu_images import check_images, prepare_image, reopen_image
 
 KIB = 1 << 10
@@ -331,6 +334,25 @@ def test_a_daemon_that_dies_at_rest_is_said_and_started_again(scratch: Path) -> 
     assert contents(spec, scratch) == model
 
 
+def test_a_loss_is_said_even_where_another_daemon_is_at_work_before_that(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, revived = DaemonTarget._ended, threading.Event()
+
+    def late(target: DaemonTarget, child: Child) -> None:
+        revived.wait(TIMEOUT)
+        ended(target, child)
+
+    monkeypatch.setattr(DaemonTarget, "_ended", late)
+    lost: list[str] = []
+    with prepared(TargetSpec(str(scratch / "image"), "qcow2"), lost=lost) as target:
+        target.flush()
+        kill(target)
+        target.write(0, b"x")
+        revived.set()
+        see(lambda: len(lost) == 1)
+
+
 def test_a_daemon_that_dies_with_writes_unflushed_takes_them_along_and_says_so(scratch: Path) -> None:
     spec = TargetSpec(str(scratch / "image"), "qcow2")
     model = bytearray(SIZE)
@@ -354,13 +376,15 @@ def test_a_daemon_that_dies_with_writes_unflushed_takes_them_along_and_says_so(s
 
 
 def test_a_daemon_that_hangs_is_killed(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qemu_remus.storage.daemon_target.IO_TIMEOUT", 0.5)
     monkeypatch.setattr("qemu_remus.storage.daemon_target.END_TIMEOUT", 0.5)
     with prepared(TargetSpec(str(scratch / "image"), "qcow2")) as target:
         target.write(0, b"x")
         pid = target.daemon
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
+        # impatient with this daemon alone: one that does not hang may take its time
+        assert target._nbd is not None
+        target._nbd.set_timeout(0.5)
         with pytest.raises(WriteFailed, match="silent"):
             target.flush()
         see(partial(gone, pid))
@@ -415,7 +439,8 @@ def test_a_controller_that_is_killed_takes_its_daemon_along(scratch: Path) -> No
         holder.wait()
         # at once: its daemon may be dying still
         reopen_image(spec, 1 << 20, sparse=False, on_lost=print).close()
-    assert gone(pid)
+    # its locks go before it does
+    see(partial(gone, pid))
 
 
 def test_nothing_is_left_of_a_daemon_that_was_ended(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,24 +458,30 @@ def test_nothing_is_left_of_a_daemon_that_was_ended(scratch: Path, monkeypatch: 
 # --- NBD, devices, full file systems ---------------------------------------------------------------------------------
 
 
+def listens(path: Path) -> bool:
+    """Whether somebody does: a socket is there before anybody listens on it."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
 @contextmanager
-def nbd_server(image: Path, socket: Path, *options: str) -> Iterator[None]:
+def nbd_server(image: Path, place: Path, *options: str) -> Iterator[None]:
     with subprocess.Popen(
-        ["qemu-nbd", "-t", "-f", "raw", "-x", "copy of a", "-k", str(socket), *options, str(image)]
+        ["qemu-nbd", "-t", "-f", "raw", "-x", "copy of a", "-k", str(place), *options, str(image)]
     ) as server:
-        see(socket.exists)
+        see(partial(listens, place))
         yield
         server.terminate()
         server.wait()
-    socket.unlink(missing_ok=True)
+    place.unlink(missing_ok=True)
 
 
 def test_an_nbd_export_is_a_target(scratch: Path) -> None:
-    backing, socket = scratch / "backing", scratch / "nbd.sock"
+    backing, place = scratch / "backing", scratch / "nbd.sock"
     backing.write_bytes(bytes(SIZE + MIB))
-    spec = TargetSpec(f"nbd+unix:///copy%20of%20a?socket={socket}", "nbd")
+    spec = TargetSpec(f"nbd+unix:///copy%20of%20a?socket={place}", "nbd")
     model = bytearray(SIZE)
-    with nbd_server(backing, socket):
+    with nbd_server(backing, place):
         with prepared(spec) as target:
             assert not target.created
             scribble(target, model, 8)
@@ -468,12 +499,12 @@ def test_an_nbd_export_is_a_target(scratch: Path) -> None:
     target.reset_after_failure()
     with pytest.raises(WriteFailed, match="Failed to connect"):
         scribble(target, bytearray(model), 10)
-    with nbd_server(backing, socket):
+    with nbd_server(backing, place):
         scribble(target, model, 10)
         target.flush()
         target.close()
     assert backing.read_bytes() == model + bytes(MIB)
-    with nbd_server(backing, socket, "-r"), pytest.raises(TargetUnsuitable):
+    with nbd_server(backing, place, "-r"), pytest.raises(TargetUnsuitable):
         prepare(spec, overwrite=True)
     with pytest.raises(TargetUnsuitable, match="No such file"):
         prepare(spec)

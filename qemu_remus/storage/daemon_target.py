@@ -98,7 +98,6 @@ class DaemonTarget:
         self._on_lost = on_lost
         self._turn = threading.RLock()
         self._child: Child | None = None
-        self._served: Child | None = None
         self._nbd: BlockingNbd | None = None
         self._lock = -1
         self._closed = False
@@ -367,7 +366,7 @@ class DaemonTarget:
             self._nbd = connect_nbd(ours, what, NODE, timeout=START_TIMEOUT, window=window)
             self._nbd.set_timeout(IO_TIMEOUT)
             self._see_size(self._nbd.info.size)
-            self._served = child
+            child.served = True
         except NbdError as error:
             child.wait(2.0)
             said = child.said if not child.running else ""
@@ -408,7 +407,8 @@ class DaemonTarget:
         )
 
     def _ended(self, child: Child) -> None:
-        if child is self._served:
+        # Another one may have taken its place by now.
+        if child.served:
             self._on_lost(f"the storage daemon of {self.spec} ended: {child.how}")
 
     def _end(self, patience: float) -> None:

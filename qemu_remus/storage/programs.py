@@ -79,6 +79,8 @@ class Child:
 
     A thread of its own starts it and waits for its end: the kernel takes the end of the thread that started it for the
     end of its parent.
+
+    :ivar served: whoever started it has had it at work; nothing here depends on it.
     """
 
     def __init__(self, command: Sequence[str], pass_fds: Sequence[int], on_end: Callable[[Child], None]) -> None:
@@ -91,6 +93,7 @@ class Child:
         self._ended = threading.Event()
         self._said = b""
         self._wanted = False
+        self.served = False
         self._thread = threading.Thread(target=self._live, name=command[0], daemon=True)
 
     @property
