@@ -121,6 +121,9 @@ class Telling:
 
     def _tell_of_disks(self, state: machine.PrimaryState) -> None:
         """Say what has become of the disks, in the log and as events."""
+        if state.phase is machine.Phase.SURVEY:
+            # The attachment may follow other disks already; what that means is known with the survey's result.
+            return
         unsynced = state.committed is None or state.synced or state.phase in machine.SYNCING
         seen = (unsynced, state.uncovered, state.left_out, self._attachment.disks, self._surveyor.outside)
         if seen == self._seen:
@@ -141,6 +144,12 @@ class Telling:
             report("disk", disk=name, state=new.state.value, size=new.size, node=new.node, reason=new.reason)
             changed = DiskChanged(self._config.pair, name, new.state, new.size, new.reason)
             self._control.emit(EventName.DISK_CHANGED, changed)
+
+    def _disks_told(self, state: machine.PrimaryState) -> tuple[DiskReport, ...]:
+        """The disks as the machine knows them."""
+        if state.phase is machine.Phase.SURVEY and self._told is not None:
+            return tuple(self._told.values())
+        return self._disks(state)
 
     def _disks(self, state: machine.PrimaryState) -> tuple[DiskReport, ...]:
         reports = []
@@ -286,7 +295,7 @@ class Telling:
             bytes_received=self._link.bytes_received,
             sync=self._work.progress if machine.replication(state) is Replication.INITIAL_SYNC else None,
             verify=self._verification(state),
-            disks=self._disks(state),
+            disks=self._disks_told(state),
         )
 
 
