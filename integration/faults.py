@@ -15,6 +15,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ import pytest
 import trio
 
 from integration.images import make_image
-from integration.process import start_process
+from integration.process import start_process, state_of
 
 MIB = 1 << 20
 
 #: Seconds for one command of the system's; they take milliseconds.
-_LIMIT = 20.0
+_LIMIT = 60.0
 
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
@@ -321,6 +322,14 @@ def largest_file(pid: int, size: int) -> Iterator[None]:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
 
+def _wait_until_stopped(pid: int) -> None:
+    """Wait until every thread stands still, or has ended: the signal reaches one, and that one stops the others."""
+    deadline = time.monotonic() + _LIMIT
+    while not {state_of(thread) for thread in Path(f"/proc/{pid}/task").iterdir()} <= {"", "T", "X", "Z"}:
+        assert time.monotonic() < deadline, f"process {pid} does not stop"
+        time.sleep(0.001)
+
+
 @contextmanager
 def hung(pid: int) -> Iterator[None]:
     """Stop a process by SIGSTOP for the length of the block; returns when it stands still. It may have ended since."""
@@ -328,6 +337,7 @@ def hung(pid: int) -> Iterator[None]:
     try:
         signal.pidfd_send_signal(descriptor, signal.SIGSTOP)
         try:
+            _wait_until_stopped(pid)
             yield
         finally:
             with suppress(ProcessLookupError):

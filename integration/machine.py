@@ -248,8 +248,9 @@ class Machine:
         status: str = (await self.qmp.execute("query-status"))["status"]
         return status
 
-    async def running(self, *, timeout: float = 5.0) -> None:
+    async def running(self, *, timeout: float = 30.0) -> None:
         """Wait until it runs, as where the pause of a checkpoint may be under way."""
+        status = "not known"
         with trio.move_on_after(timeout):
             while True:
                 status = await self.status()
@@ -258,13 +259,12 @@ class Machine:
                 await trio.sleep(0.005)
         raise AssertionError(f"the VM is {status} after {timeout:g} s")
 
-    async def stays_paused(self, *, seconds: float = 0.2) -> bool:
-        """Whether it is paused for longer than by a checkpoint."""
-        with trio.move_on_after(seconds):
-            while True:
-                if await self.status() != "paused":
-                    return False
-                await trio.sleep(0.01)
+    async def stays_paused(self, *, looks: int = 20) -> bool:
+        """Whether it is paused for longer than by a checkpoint: at so many looks, however late they come."""
+        for _ in range(looks):
+            if await self.status() != "paused":
+                return False
+            await trio.sleep(0.01)
         return True
 
     async def pause(self) -> None:
@@ -358,7 +358,7 @@ async def start_machine(
 async def _connected(process: Process, path: Path) -> AsyncIterator[Qmp]:
     async with contextlib.AsyncExitStack() as stack:
         try:
-            qmp = await stack.enter_async_context(open_qmp(path))
+            qmp = await stack.enter_async_context(open_qmp(path, timeout=60.0))
         except (EOFError, OSError) as error:
             with trio.move_on_after(5):
                 await process.wait()

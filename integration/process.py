@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -161,21 +162,32 @@ async def background() -> AsyncIterator[trio.Nursery]:
 def children(pid: int, word: str = "") -> list[int]:
     """Process ids of a process' children, in order: those that have this word in their command lines.
 
-    Threads and children that come or go meanwhile do no harm.
+    What comes or goes meanwhile does no harm. Its threads are not asked: where one ends, its children go to another.
     """
-    found = []
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        # a thread that has ended has no children: they are another thread's then
-        for child in _read(thread / "children").split():
-            if word in _read(Path(f"/proc/{child}/cmdline")):
-                found.append(int(child))
-    return sorted(found)
+    processes = [entry for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    found = [entry for entry in processes if _stat(entry)[1:2] == [str(pid)] and word in _read(entry / "cmdline")]
+    return sorted(int(entry.name) for entry in found)
 
 
 def gone(pid: int) -> bool:
     """Whether a process has ended, waited for or not."""
-    state = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1]
-    return state in ([], ["Z"])
+    return state_of(Path(f"/proc/{pid}")) in {"", "X", "Z"}
+
+
+def state_of(entry: Path) -> str:
+    """The state of a process or thread, by its directory in ``/proc``, as in ``ps``; empty where it has ended."""
+    return "".join(_stat(entry)[:1])
+
+
+def listens(path: Path) -> bool:
+    """Whether somebody listens on a Unix socket: it is there a moment before anybody does."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def _stat(entry: Path) -> list[str]:
+    """State, parent and so on; nothing where it has ended."""
+    return _read(entry / "stat").rpartition(")")[2].split()
 
 
 def open_files(pid: int) -> list[str]:

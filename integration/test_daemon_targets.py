@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 
 from integration.faults import small_file_system
-from integration.process import gone
+from integration.process import gone, listens
 from qemu_remus.core.errors import (
     ConfigError,
     NoSpace,
@@ -456,12 +455,6 @@ def test_nothing_is_left_of_a_daemon_that_was_ended(scratch: Path, monkeypatch: 
 
 
 # --- NBD, devices, full file systems ---------------------------------------------------------------------------------
-
-
-def listens(path: Path) -> bool:
-    """Whether somebody does: a socket is there before anybody listens on it."""
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(path)) == 0
 
 
 @contextmanager

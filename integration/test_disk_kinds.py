@@ -34,7 +34,7 @@ from integration.harness import (
     start_secondary,
 )
 from integration.pair import KIB, MIB, Scribbler, fill, image, pair_of, scribble
-from integration.process import run
+from integration.process import listens, run
 from integration.qemus import OTHERS, Qemu, selected
 from qemu_remus.qemu.faults import Fault, has_fault
 
@@ -451,7 +451,7 @@ async def served(setting: Setting) -> AsyncIterator[None]:
     command = [*setting.qemu.nbd, "--persistent", "--shared=4", "-f", "raw", "--discard=unmap", f"--socket={path}"]
     async with start_process([*command, str(setting.image)], out=setting.directory / "server.out") as process:
         with trio.fail_after(30):
-            while not path.exists():
+            while not listens(path):
                 assert process.running, process.tail()
                 await trio.sleep(0.01)
         yield
