@@ -8,6 +8,7 @@ one that hangs: it keeps its sockets and its locks, and answers nothing.
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -29,8 +30,8 @@ SIZE = 12 * MIB
 COPIED = 60 * MIB
 """Of data on the disks: what a copy of all would send."""
 
-DIFFERENCE = 2 * SIZE + 2 * SIZE // 10 + 8 * MIB
-"""Most that may be sent: that epoch once in the transfer that fails and once again, and all that is scribbled here."""
+SCRIBBLED = 8 * MIB
+"""More than all that is scribbled here."""
 
 HEARTBEAT = 1.5
 
@@ -50,11 +51,14 @@ MOMENTS = [Moment.IN_TRANSFER, pytest.param(Moment.AT_REST, marks=pytest.mark.sl
 
 
 @asynccontextmanager
-async def protected_pair(scratch: Path, moment: Moment) -> AsyncIterator[Pair]:
-    """A VM that has been protected for a while, at the moment: with an epoch under way, that one stands still."""
+async def protected_pair(scratch: Path, moment: Moment, *, heartbeat: float = HEARTBEAT) -> AsyncIterator[Pair]:
+    """A VM that has been protected for a while, at the moment: with an epoch under way, that one stands still.
+
+    The link with it: it is taken for lost after ``heartbeat`` seconds.
+    """
     disks = [image(scratch, "a", 64 * MIB), image(scratch, "b", 8 * MIB + 512)]
     reset = ("-action", "reboot=reset")
-    async with pair_of(scratch, disks, proxied=True, heartbeat=HEARTBEAT, extra=reset) as pair:
+    async with pair_of(scratch, disks, proxied=True, heartbeat=heartbeat, extra=reset) as pair:
         await pair.machine.qemu_io("a", f"write -P 0x22 0 {COPIED}")
         await fill(pair.machine)
         await pair.start_primary()
@@ -82,15 +86,24 @@ class Sent:
     """What a primary's controller had sent at some time.
 
     :param pid: its own; another one began at nothing.
+    :param lost: epochs, which are sent again.
     """
 
     pid: int
     size: int
+    lost: int
+
+    def since(self, before: Sent) -> Sent:
+        """What was sent since then."""
+        if self.pid != before.pid:
+            return self
+        return Sent(self.pid, self.size - before.size, self.lost - before.lost)
 
 
 async def sent_so_far(pair: Pair) -> Sent:
     """What the present one has sent."""
-    return Sent(pair.primary.process.pid, (await pair.primary.status())["bytes-sent"])
+    status = await pair.primary.status()
+    return Sent(pair.primary.process.pid, status["bytes-sent"], status["epochs"]["lost"])
 
 
 async def see_exact_at_the_cost_of_the_difference(pair: Pair, before: Sent) -> None:
@@ -98,8 +111,10 @@ async def see_exact_at_the_cost_of_the_difference(pair: Pair, before: Sent) -> N
     pair.end_transfer()
     await pair.primary.protected()
     await pair.captured_from_now()
-    after = await sent_so_far(pair)
-    assert after.size - (before.size if before.pid == after.pid else 0) <= DIFFERENCE < COPIED
+    sent = (await sent_so_far(pair)).since(before)
+    # that epoch, and once more for each time that it was lost: in the transfer that fails, or on a machine under load
+    most = (1 + sent.lost) * (SIZE + SIZE // 10) + SCRIBBLED
+    assert sent.size <= most < COPIED
     await pair.see_exact_after_crash()
 
 
@@ -139,7 +154,7 @@ async def test_a_killed_secondary_that_is_started_again_gets_the_difference(scra
 async def test_a_guardian_that_dies_or_hangs_is_replaced_and_costs_no_epoch(
     scratch: Path, moment: Moment, number: signal.Signals
 ) -> None:
-    async with protected_pair(scratch, moment) as pair:
+    async with protected_pair(scratch, moment, heartbeat=60) as pair:
         before = await sent_so_far(pair)
         [guardian] = children(pair.primary.process.pid, "guardian")
         os.kill(guardian, number)
@@ -158,14 +173,17 @@ async def test_a_killed_qemu_ends_the_primary_and_fails_over_to_the_last_commit(
         images = await pair.put_aside()
         if moment is Moment.IN_TRANSFER:
             await pair.begin_transfer("a", SIZE)
-        last = committed(await pair.secondary.status())
+        least = committed(await pair.secondary.status())
         await pair.machine.kill()
         # it says what the secondary holds, and what is to be done
-        assert await pair.primary.process.wait(30) == UNREACHABLE
-        assert f"secondary holds checkpoint {last}" in pair.primary.log
+        assert await pair.primary.process.wait(60) == UNREACHABLE
+        [said] = re.findall(r"secondary holds checkpoint (\d+)", pair.primary.log)
         assert "qemu-remus failover" in pair.primary.log
-        await pair.secondary.wait_until(lambda now: now["connection"] != "connected")
-        assert (await pair.fail_over())["checkpoint"] == last
+        held = await pair.secondary.wait_until(lambda now: now["connection"] != "connected")
+        # checkpoints go on until QEMU dies, and the primary may not have heard of the last; one in transfer is stuck
+        assert least <= int(said) <= committed(held)
+        assert moment is Moment.AT_REST or least == committed(held)
+        assert (await pair.fail_over())["checkpoint"] == committed(held)
         await pair.see_equal(images)
 
 

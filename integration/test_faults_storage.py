@@ -312,7 +312,7 @@ async def test_a_fleece_too_small_for_an_epoch_loses_it_and_not_the_guest(scratc
 @pytest.mark.root
 async def test_a_fleece_that_fills_up_in_a_transfer_breaks_the_snapshot_and_not_the_guest(scratch: Path) -> None:
     with small_file_system(scratch / "fleece", 64 * MIB) as storage:
-        async with protected_pair(scratch, fleece=storage, proxied=True) as pair:
+        async with protected_pair(scratch, fleece=storage, proxied=True, heartbeat=60) as pair:
             await pair.begin_transfer("a", SIZE)
             storage.fill()
             # over what is being read: none of it can be kept
@@ -419,7 +419,8 @@ async def test_a_disk_that_cannot_write_a_sector_fails_its_guest_and_not_the_rep
         with pytest.raises(AssertionError, match="Input/output error"):
             await pair.machine.qemu_io("a", f"write -P 0x7e {SECTOR * 512 - 2 * KIB} 4k")
 
-    async with pair_of(scratch, disks, proxied=True) as pair:
+    # the link stands still meanwhile, and is not to be taken for lost
+    async with pair_of(scratch, disks, proxied=True, heartbeat=60) as pair:
         await fill(pair.machine)
         await see_it_fail(pair)
         await pair.start_primary()
