@@ -45,6 +45,7 @@ async def test_an_epoch_of_one_gib_is_carried_in_bounded_memory(scratch: Path) -
             assert peak_memory(secondary.process.pid) < MEMORY_BOUND
             assert await primary.stop() == 0
         await machine.kill()
+        await secondary.wait_until(lambda status: status["connection"] != "connected")
         await secondary.execute("failover", {}, timeout=180)
     assert await first_difference(image, copy) is None
 

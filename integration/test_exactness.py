@@ -63,7 +63,7 @@ async def test_failed_over_disks_equal_the_paused_primarys_byte_for_byte(scratch
 
 async def test_what_is_written_after_a_checkpoint_does_not_show_in_it(scratch: Path) -> None:
     """The disks are put aside, then the VM is written again and dies before the next checkpoint."""
-    async with pair_of(scratch, make_disks(scratch, "three"), interval_ms=60_000) as pair:
+    async with pair_of(scratch, make_disks(scratch, "three"), interval_ms=600_000) as pair:
         await fill(pair.machine)
         await pair.start_primary()
         # with such an interval the first checkpoint, of the copy itself, is the only one

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from uuid import UUID
@@ -67,17 +68,24 @@ async def drive(
         process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, cwd=ROOT)
         try:
             assert process.stdout is not None
-            guardian = os.pidfd_open(int(await process.stdout.receive_some()))
-            try:
-                await process.wait()
-                await trio.lowlevel.wait_readable(guardian)
-            finally:
-                os.close(guardian)
+            guardian = int(await process.stdout.receive_some())
+            await process.wait()
+            await ended(guardian)
         finally:
             process.kill()
             await process.wait()
     assert process.returncode is not None
     return process.returncode
+
+
+async def ended(pid: int) -> None:
+    """Wait for the end of a process that is not our child; it may have ended already."""
+    with suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        try:
+            await trio.lowlevel.wait_readable(handle)
+        finally:
+            os.close(handle)
 
 
 def fleeces(directory: Path) -> list[Path]:
