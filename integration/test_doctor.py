@@ -10,7 +10,7 @@ import os
 import pwd
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,14 @@ async def recording(scratch: Path, qmp: Path) -> AsyncIterator[tuple[Path, list[
 
     async def pass_on(source: trio.SocketStream, sink: trio.SocketStream, *, record: bool) -> None:
         pending = b""
-        async for data in source:
-            if record:
-                *lines, pending = (pending + data).split(b"\n")
-                seen.extend(json.loads(line) for line in lines)
-            await sink.send_all(data)
-        await sink.send_eof()
+        # whoever closes may leave an event unread
+        with suppress(trio.BrokenResourceError):
+            async for data in source:
+                if record:
+                    *lines, pending = (pending + data).split(b"\n")
+                    seen.extend(json.loads(line) for line in lines)
+                await sink.send_all(data)
+            await sink.send_eof()
 
     async def serve(client: trio.SocketStream) -> None:
         async with client, await trio.open_unix_socket(str(qmp)) as server, trio.open_nursery() as nursery:
