@@ -107,7 +107,6 @@ async def test_a_vm_that_writes_everywhere_is_no_false_alarm_and_epochs_go_on(sc
             assert committed(after) >= committed(before) + 3
             assert after["epochs"]["lost"] == before["epochs"]["lost"]
             assert storm.writes > writes
-        nursery.cancel_scope.cancel()
 
 
 DAMAGES = [
@@ -148,30 +147,30 @@ async def damaged(pair: Pair) -> None:
 
 
 async def test_exactly_what_is_damaged_is_found_and_repaired(scratch: Path) -> None:
-    async with pair_of(scratch, two_disks(scratch), interval_ms=200) as pair, background() as nursery:
+    async with pair_of(scratch, two_disks(scratch), interval_ms=200) as pair:
         await fill(pair.machine)
         await pair.start_primary()
         await pair.primary.protected()
-        nursery.start_soon(write_elsewhere, pair.machine)
-        await damaged(pair)
-        for _ in range(2):
-            # Without --repair nothing is changed: the second finds the same.
-            result = await verify(pair, expected=DIFFERENT)
-            assert ranges(result) == FOUND
-            assert result["differing-ranges"] == len(FOUND)
-            assert result["repaired-bytes"] == 0
-        only = await verify(pair, "--disk", "b", expected=DIFFERENT)
-        assert ranges(only) == FOUND[-2:]
-        repaired = await verify(pair, "--repair")
-        assert ranges(repaired) == FOUND
-        assert repaired["repaired-bytes"] == repaired["differing-bytes"] == sum(length for _, _, length in FOUND)
-        assert ranges(await verify(pair)) == []
-        nursery.cancel_scope.cancel()
+        async with background() as nursery:
+            nursery.start_soon(write_elsewhere, pair.machine)
+            await damaged(pair)
+            for _ in range(2):
+                # Without --repair nothing is changed: the second finds the same.
+                result = await verify(pair, expected=DIFFERENT)
+                assert ranges(result) == FOUND
+                assert result["differing-ranges"] == len(FOUND)
+                assert result["repaired-bytes"] == 0
+            only = await verify(pair, "--disk", "b", expected=DIFFERENT)
+            assert ranges(only) == FOUND[-2:]
+            repaired = await verify(pair, "--repair")
+            assert ranges(repaired) == FOUND
+            assert repaired["repaired-bytes"] == repaired["differing-bytes"] == sum(length for _, _, length in FOUND)
+            assert ranges(await verify(pair)) == []
         await pair.see_exact_after_crash()
 
 
 async def test_damage_is_found_in_the_storm_and_the_rest_of_a_written_block_is_not_hidden(scratch: Path) -> None:
-    async with pair_of(scratch, [image(scratch, "a", 24 * MIB)], interval_ms=200) as pair, background() as nursery:
+    async with pair_of(scratch, [image(scratch, "a", 24 * MIB)], interval_ms=200) as pair:
         await pair.machine.qemu_io("a", "write -P 0x61 0 24M")
         await pair.start_primary()
         await pair.primary.protected()
@@ -187,11 +186,11 @@ async def test_damage_is_found_in_the_storm_and_the_rest_of_a_written_block_is_n
                 number += 1
                 await pair.machine.qemu_io("a", f"write -P {number % 256} {number % 24 * MIB} 4k")
 
-        nursery.start_soon(hammer)
-        result = await verify(pair, "--repair")
-        assert ranges(result) == [("a", at + 4 * KIB, 4 * KIB) for at in range(0, 24 * MIB, MIB)]
-        assert ranges(await verify(pair)) == []
-        nursery.cancel_scope.cancel()
+        async with background() as nursery:
+            nursery.start_soon(hammer)
+            result = await verify(pair, "--repair")
+            assert ranges(result) == [("a", at + 4 * KIB, 4 * KIB) for at in range(0, 24 * MIB, MIB)]
+            assert ranges(await verify(pair)) == []
         await pair.see_exact_after_crash()
 
 
@@ -204,30 +203,28 @@ def state(status: Status) -> str:
 
 
 async def test_a_lost_link_suspends_it_and_it_ends_well_when_the_link_is_back(scratch: Path) -> None:
-    async with (
-        pair_of(scratch, two_disks(scratch), proxied=True, heartbeat=1.5, interval_ms=200) as pair,
-        background() as nursery,
-    ):
+    async with pair_of(scratch, two_disks(scratch), proxied=True, heartbeat=1.5, interval_ms=200) as pair:
         await fill(pair.machine)
         await pair.start_primary()
         await pair.primary.protected()
         await damaged(pair)
-        nursery.start_soon(write_elsewhere, pair.machine)
-        # A disk that is full of data, so that the rate makes it last.
-        await pair.machine.qemu_io("a", "write -P 0x44 20M 20M")
-        await begin(pair, rate=8 * MIB, repair=True)
-        running = await pair.primary.wait_until(lambda now: now["verify"]["done-bytes"] > 0)
-        assert running["replication"] == "verifying"
-        assert pair.proxy
-        pair.proxy.freeze()
-        lost = await pair.primary.wait_until(lambda now: state(now) == "suspended")
-        assert lost["replication"] == "degraded"
-        pair.proxy.mend()
-        ended = await pair.primary.wait_until(lambda now: state(now) not in {"running", "suspended"}, timeout=90)
-        assert state(ended) == "completed", ended["verify"]
-        assert ended["verify"]["repaired-bytes"] == ended["verify"]["differing-bytes"]
-        assert ranges(await verify(pair)) == []
-        nursery.cancel_scope.cancel()
+        async with background() as nursery:
+            nursery.start_soon(write_elsewhere, pair.machine)
+            # A disk that is full of data, so that the rate makes it last.
+            await pair.machine.qemu_io("a", "write -P 0x44 20M 20M")
+            await begin(pair, rate=8 * MIB, repair=True)
+            # the link may have been lost, and found again, before: to a machine that is busy, so short a silence is one
+            await pair.primary.wait_until(
+                lambda now: now["verify"]["done-bytes"] > 0 and now["replication"] == "verifying"
+            )
+            assert pair.proxy
+            pair.proxy.freeze()
+            await pair.primary.wait_until(lambda now: state(now) == "suspended" and now["replication"] == "degraded")
+            pair.proxy.mend()
+            ended = await pair.primary.wait_until(lambda now: state(now) not in {"running", "suspended"}, timeout=90)
+            assert state(ended) == "completed", ended["verify"]
+            assert ended["verify"]["repaired-bytes"] == ended["verify"]["differing-bytes"]
+            assert ranges(await verify(pair)) == []
         await pair.see_exact_after_crash()
 
 
@@ -304,7 +301,6 @@ async def test_a_toolstacks_checkpoints_go_on_and_their_images_are_exact(scratch
         start_secondary(scratch, {"a": target}) as secondary,
         start_machine(scratch, [disk]) as vm,
         start_primary(scratch, vm.qmp_path, secondary.address, interval_ms=None) as primary,
-        background() as nursery,
     ):
         await vm.qemu_io("a", "write -P 0x71 0 48M")
         async with open_toolstack(primary.control) as toolstack:
@@ -342,21 +338,22 @@ async def test_a_toolstacks_checkpoints_go_on_and_their_images_are_exact(scratch
                     number += 1
                     await vm.qemu_io("a", f"write -P {number % 256} {number % 40 * MIB + 512 * KIB} 8k")
 
-            nursery.start_soon(write)
             rounds = 0
-            with trio.fail_after(120):
-                while state(await primary.status()) == "running":
-                    await primary.wait_until(lambda now: now["verify"]["done-bytes"] > 0)
-                    await checkpoint(prepared=rounds % 4 != 0)
-                    rounds += 1
+            async with background() as nursery:
+                nursery.start_soon(write)
+                with trio.fail_after(120):
+                    while state(await primary.status()) == "running":
+                        await primary.wait_until(lambda now: now["verify"]["done-bytes"] > 0)
+                        await checkpoint(prepared=rounds % 4 != 0)
+                        rounds += 1
             assert rounds > 2
             result = (await primary.status())["verify"]
             assert result["state"] == "completed", result
             assert ranges(result) == [("a", MIB, 4 * KIB), ("a", 40 * MIB, 4 * KIB)]
             assert result["repaired-bytes"] == 8 * KIB
             assert (await primary.status())["epochs"]["lost"] == 0
+            # nothing writes into this pause: the copy is the checkpoint
             await checkpoint(prepared=True)
-            nursery.cancel_scope.cancel()
         last = max(images)
         await primary.kill()
         await vm.kill()
