@@ -32,7 +32,7 @@ from qemu_remus.qemu import guardian, guardian_client
 from qemu_remus.qemu.guardian import SIGNS, ResumeFailed, Verdict, Watch, arm_message, resume
 from qemu_remus.qemu.guardian_client import Guardian, start_guardian
 
-LIMIT = 10.0
+LIMIT = 60.0
 """Seconds after which a test gives up on a process; never waited for where all is well."""
 
 PATIENCE = 8.0
@@ -513,8 +513,15 @@ async def test_a_guardian_that_does_not_answer_is_replaced(tmp_path: Path, monke
         first = guard.pid
         assert first is not None
         os.kill(first, signal.SIGSTOP)
-        # Short for the one that hangs; the one that takes its place answers within it as well.
+        replace = Guardian._replace
+
+        async def replace_patiently(self: Guardian) -> None:
+            monkeypatch.setattr(guardian_client, "_ANSWER_LIMIT", LIMIT)
+            await replace(self)
+
+        # Short for the one that hangs, and not for the one that takes its place.
         monkeypatch.setattr(guardian_client, "_ANSWER_LIMIT", 0.3)
+        monkeypatch.setattr(Guardian, "_replace", replace_patiently)
         await guard.arm()
         assert guard.pid != first
         assert guard.restarts == 1
@@ -532,9 +539,13 @@ def test_a_controller_that_dies_after_it_has_made_its_pause_final_leaves_the_vm_
         assert qmp.status == "paused"
 
 
-async def test_a_guardian_that_is_replaced_in_a_long_pause_knows_of_it(tmp_path: Path) -> None:
+async def test_a_guardian_that_is_replaced_in_a_long_pause_knows_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # it is us whom it guards: no short patience, but signs that come fast
+    monkeypatch.setattr(guardian, "SIGNS", 1000)
     with fake_qmp(tmp_path, "paused") as qmp:
-        async with start_guardian(qmp.path, PAIR, patience=1.0) as guard:
+        async with start_guardian(qmp.path, PAIR) as guard:
             await guard.arm(LIMIT)
             first = guard.pid
             assert first is not None

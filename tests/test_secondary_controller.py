@@ -35,7 +35,7 @@ ZEROES = bytes(SIZE)
 DISKS = (DiskSpec(DiskName("vda"), SIZE),)
 GENERATION = Generation(UUID(int=7))
 E1, E2, E3, E4 = map(EpochNumber, (1, 2, 3, 4))
-HANGS = 20.0
+HANGS = 60.0
 """Seconds after which a test has shown that nobody answers."""
 
 
