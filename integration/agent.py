@@ -88,24 +88,19 @@ class Agent:
         self._stream = stream
         self._sending = trio.Lock()
         self._jobs: dict[str, Job] = {}
-        self._ready = trio.Event()
+        self._boots = 0
+        self._changed = trio.Event()
         self.gone = trio.Event()
 
-    async def ready(self) -> None:
-        """Wait until the guest is up.
+    async def ready(self, *, boots: int = 1) -> None:
+        """Wait until the guest has come up so many times, resets and reboots counted.
 
         :raise GuestError: when it ends before.
         """
-        async with trio.open_nursery() as nursery:
-
-            async def first(event: trio.Event) -> None:
-                await event.wait()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(first, self._ready)
-            nursery.start_soon(first, self.gone)
-        if not self._ready.is_set():
-            raise GuestError("the guest ended before it was up")
+        while self._boots < boots:
+            if self.gone.is_set():
+                raise GuestError("the guest ended before it was up")
+            await self._changed.wait()
 
     async def start(self, command: str) -> Job:
         """Start a shell command in the guest; it runs until it ends or is killed by name with :meth:`run`.
@@ -165,12 +160,18 @@ class Agent:
             pass
         finally:
             self.gone.set()
+            self._wake()
             for job in self._jobs.values():
                 job._lose()
 
     def _line(self, line: str) -> None:
         key, _, rest = line.partition(" ")
         if key == "0":
-            self._ready.set()
+            self._boots += 1
+            self._wake()
         elif key in self._jobs:
             self._jobs[key]._feed(rest[:1], rest[2:])
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()

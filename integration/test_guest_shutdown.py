@@ -26,6 +26,7 @@ from integration.harness import (
     start_primary,
     start_secondary,
 )
+from integration.machine import BOOT_TIMEOUT
 
 MIB = 1 << 20
 SELDOM = 600_000
@@ -66,6 +67,12 @@ class Site:
             while True:
                 if await self.machine.status() == "shutdown":
                     return
+                await trio.sleep(0.02)
+
+    async def said(self, text: str) -> None:
+        """Wait until the primary, or what comes behind it, has said something."""
+        with trio.fail_after(30):
+            while text not in self.primary.log:  # noqa: ASYNC110 - another process's log
                 await trio.sleep(0.02)
 
     async def see_whole(self) -> None:
@@ -117,12 +124,14 @@ async def test_a_qemu_that_its_user_keeps_is_never_ended(scratch: Path, guest: G
 async def test_a_reset_and_a_reboot_are_none_of_our_business(scratch: Path, guest: GuestImage) -> None:
     async with site_of(scratch, guest, "-action", "reboot=reset") as site, site.protected(interval_ms=200) as primary:
         await site.machine.qmp.execute("system_reset")
+        with trio.fail_after(BOOT_TIMEOUT):
+            await site.machine.guest.ready(boots=2)
         await primary.progress()
-        await site.machine.guest.ready()
         await site.machine.guest.start("reboot -f")
-        await site.machine.guest.ready()
+        with trio.fail_after(BOOT_TIMEOUT):
+            await site.machine.guest.ready(boots=3)
         await primary.progress()
-        assert await site.machine.status() == "running"
+        await site.machine.running()
 
 
 async def test_after_the_controllers_end_qemu_ends_with_its_guest_as_before(scratch: Path, guest: GuestImage) -> None:
@@ -136,9 +145,7 @@ async def test_after_the_controllers_end_qemu_ends_with_its_guest_as_before(scra
 async def test_after_the_controllers_death_qemu_ends_with_its_guest_as_before(scratch: Path, guest: GuestImage) -> None:
     async with site_of(scratch, guest) as site, site.protected() as primary:
         await primary.kill()
-        with trio.fail_after(30):
-            while "removed fleece" not in primary.log:  # noqa: ASYNC110 - another process's log
-                await trio.sleep(0.02)
+        await site.said("removed fleece")
         await site.write_and_power_off()
         assert await site.ended() == 0
 
@@ -147,9 +154,9 @@ async def test_a_guest_that_ends_while_its_controller_hangs_is_not_kept(scratch:
     async with site_of(scratch, guest) as site, site.protected("--watchdog", "5") as primary:
         primary.process.signal(signal.SIGSTOP)
         await site.write_and_power_off()
-        # the guardian kills it, and what comes behind it ends QEMU
+        # the guardian kills it, and what comes behind it ends QEMU, and says so afterwards
         assert await site.ended() == 0
-        assert "QEMU itself, whose guest had powered off" in primary.log
+        await site.said("QEMU itself, whose guest had powered off")
 
 
 async def test_with_guardian_and_all_gone_the_next_start_commits_and_ends_it(scratch: Path, guest: GuestImage) -> None:
