@@ -32,11 +32,12 @@ MEMORY = 96
 PAGE = 4096
 SLOT = 4096
 SLOTS = RING_SIZE // SLOT
+NAMES = ("first", "second")
 
 
 @asynccontextmanager
 async def witnessed(scratch: Path, guest: GuestImage, *, ram: Path | None = None) -> AsyncIterator[Machine]:
-    disks = [Disk(name, make_image(scratch / name, 2 * MIB)) for name in ("first", "second")]
+    disks = [Disk(name, make_image(scratch / name, 2 * MIB)) for name in NAMES]
     async with start_machine(scratch, disks, guest=guest, memory_mb=MEMORY, ram=ram) as machine:
         yield machine
 
@@ -67,22 +68,34 @@ async def start(machine: Machine) -> Witness:
 
 
 async def grown_between(machine: Machine, witness: Witness, records: int) -> tuple[Images, Images]:
-    """Images of two instants of which the second is now; the VM is stopped."""
+    """Images of two instants so many records apart, of which the second is now; the VM is stopped."""
     await machine.pause()
-    older = Images(machine)
-    newer = older
-    # what is heard may be of before the first pause
-    while any(newer.contents[name] == contents for name, contents in older.contents.items()):
-        await machine.resume()
-        await witness.grow(records)
-        await machine.pause()
+    older = newer = Images(machine)
+    wanted = newest_on_second(machine) + records
+    # what is heard may be of before the first pause, and a disk may have had the newest record in it already
+    while newest_on_second(machine) < wanted or any(newer.contents[name] == older.contents[name] for name in NAMES):
+        await grow_on_disk(machine, witness, wanted)
         newer = Images(machine)
     return older, newer
 
 
+async def grow_on_disk(machine: Machine, witness: Witness, wanted: int) -> None:
+    """From one pause to another, in which both disks have this record, unless what is heard lags behind that much."""
+    missing = wanted - newest_on_second(machine)
+    await machine.resume()
+    await witness.grow(max(1, missing))
+    await machine.pause()
+
+
+def newest_on_second(machine: Machine) -> int:
+    """The newest record that both disks have; the VM is stopped."""
+    _, second = (disk.image for disk in machine.disks)
+    return newest_record(second, 1)
+
+
 async def test_witness_finds_fault_with_any_disk_that_is_behind_or_mixed(scratch: Path, guest: GuestImage) -> None:
     async with witnessed(scratch, guest) as machine:
-        for names in (("first",), ("second",), ("first", "second")):
+        for names in (("first",), ("second",), NAMES):
             # one record, some, and more than a whole turn of the ring
             for records in (1, 10, 2 * SLOTS + 5):
                 witness = await start(machine)
@@ -91,14 +104,13 @@ async def test_witness_finds_fault_with_any_disk_that_is_behind_or_mixed(scratch
                 await machine.resume()
                 found = await witness.find_fault()
                 # of two, it may have looked at the first one before the pause
-                assert any(f"disk {('first', 'second').index(name)} is behind memory" in found for name in names)
+                assert any(f"disk {NAMES.index(name)} is behind memory" in found for name in names)
 
         witness = await start(machine)
         older, newer = await grown_between(machine, witness, SLOTS + 20)
-        _, second = (disk.image for disk in machine.disks)
-        newest_record(second, 1)
+        first, second = (disk.image for disk in machine.disks)
         # the newest record is there; one that is not the newest is of the older instant
-        changed = witness.said().last - 10
+        changed = newest_record(second, 1) - 10
         at = (changed - 1) % SLOTS * SLOT
         older.put("second", at, older.contents["second"][at : at + SLOT])
         with pytest.raises(AssertionError, match=f"must have {changed}"):
@@ -108,14 +120,16 @@ async def test_witness_finds_fault_with_any_disk_that_is_behind_or_mixed(scratch
 
         witness = await start(machine)
         _, newer = await grown_between(machine, witness, 5)
-        first, second = (disk.image for disk in machine.disks)
-        assert newest_record(first, 0) - newest_record(second, 1) in (0, 1)
+        newest = newest_record(first, 0)
+        assert newest - newest_record(second, 1) in (0, 1)
         assert newest_record(second, 1) >= witness.said().last
-        newer.put("first", SLOT + 512, bytes(512))
-        with pytest.raises(AssertionError, match="damaged record 2"):
+        # the one before it: its slot is not the next one to be written
+        slot = (newest - 2) % SLOTS
+        newer.put("first", slot * SLOT + 512, bytes(512))
+        with pytest.raises(AssertionError, match=rf"damaged record {newest - 1}\b"):
             newest_record(first, 0)
         await machine.resume()
-        assert "disk 0 is damaged: slot 1 " in await witness.find_fault()
+        assert f"disk 0 is damaged: slot {slot} " in await witness.find_fault()
 
         # the disks of an earlier run, with the same numbers
         witness = await start(machine)
@@ -180,14 +194,12 @@ async def go_on(scratch: Path, guest: GuestImage, device_state: Path, disks: dic
 
 async def pause_after(machine: Machine, listener: Listener, records: int) -> None:
     """Pause the VM once its second disk has so many records more than now; what is heard may lag behind that."""
-    _, second = (disk.image for disk in machine.disks)
-    wanted = newest_record(second, 1) + records
-    while True:
+    await machine.pause()
+    wanted = newest_on_second(machine) + records
+    while newest_on_second(machine) < wanted:
+        await machine.resume()
         await listener.hear(lambda said, last=listener.account.last: said.last > last)  # type: ignore[misc]
         await machine.pause()
-        if newest_record(second, 1) >= wanted:
-            return
-        await machine.resume()
 
 
 async def test_vm_that_goes_on_from_its_memory_takes_disks_of_that_instant_only(
@@ -228,13 +240,14 @@ async def test_memory_that_is_in_part_older_is_a_fault(scratch: Path, guest: Gue
         await witness.grow(300)
         await machine.pause()
         older = ram.read_bytes()
-        await machine.resume()
-        await witness.grow(5)
-        await machine.pause()
+        # memory may know of one record more than the disks have
+        wanted = newest_on_second(machine) + 2
+        while newest_on_second(machine) < wanted:
+            await grow_on_disk(machine, witness, wanted)
         newer = ram.read_bytes()
         # what a record of the time between made of its page of the table
-        page = find_page(newer, witness.said().run, witness.said().last - 2)
-        assert older[page : page + PAGE] == bytes(PAGE)
+        page = find_page(newer, witness.said().run, newest_on_second(machine))
+        assert older[page : page + PAGE] != newer[page : page + PAGE]
         with ram.open("r+b") as file:
             file.seek(page)
             file.write(older[page : page + PAGE])
