@@ -55,6 +55,7 @@ class Rig:
     backup: Backup
     images: dict[int, Path] = field(default_factory=dict)
     cut_before: str = ""
+    was_cut: trio.Event = field(default_factory=trio.Event)
     seen: list[str] = field(default_factory=list)
 
     async def hook(self, passing: Passing) -> None:
@@ -64,6 +65,14 @@ class Rig:
         if passing.message == self.cut_before:
             self.cut_before = ""
             self.proxy.cut()
+            self.was_cut.set()
+
+    async def link_lost(self) -> None:
+        """Wait until the link has been cut, and both sides know it."""
+        with trio.fail_after(60):
+            await self.was_cut.wait()
+        for controller in (self.primary, self.secondary):
+            await controller.wait_until(lambda status: status["connection"] != "connected")
 
     async def ready(self) -> None:
         """Wait until a checkpoint can be taken."""
@@ -108,10 +117,12 @@ class Rig:
 
 
 @asynccontextmanager
-async def a_pair(scratch: Path) -> AsyncIterator[Rig]:
+async def a_pair(scratch: Path, *options: str) -> AsyncIterator[Rig]:
+    """A pair, both of whose controllers get the options."""
     image = make_image(scratch / "disk0", SIZE)
     async with AsyncExitStack() as stack:
-        secondary = await stack.enter_async_context(start_secondary(scratch, {"disk0": scratch / "copy"}))
+        targets = {"disk0": scratch / "copy"}
+        secondary = await stack.enter_async_context(start_secondary(scratch, targets, options=options))
         rig: Rig | None = None
 
         async def hook(passing: Passing) -> None:
@@ -121,7 +132,7 @@ async def a_pair(scratch: Path) -> AsyncIterator[Rig]:
         proxy = await stack.enter_async_context(start_frame_proxy(secondary.address, hook))
         machine = await stack.enter_async_context(start_machine(scratch, [Disk("disk0", image)]))
         primary = await stack.enter_async_context(
-            start_primary(scratch, machine.qmp_path, proxy.address, interval_ms=None)
+            start_primary(scratch, machine.qmp_path, proxy.address, interval_ms=None, options=options)
         )
         toolstack = await stack.enter_async_context(open_toolstack(primary.control))
         backup = await stack.enter_async_context(open_backup(secondary.control))
@@ -187,6 +198,7 @@ async def test_a_commit_whose_answer_is_lost_is_in_doubt_until_the_secondary_was
         rig.cut_before = message
         with pytest.raises(CommitInDoubt, match="Repeat commit-epoch"):
             await rig.toolstack.commit(checkpoint.epoch, timeout=1)
+        await rig.link_lost()
         with pytest.raises(CommitInDoubt, match="cannot be aborted"):
             await rig.toolstack.abort(checkpoint.epoch)
         rig.proxy.mend()
@@ -204,6 +216,7 @@ async def test_in_doubt_the_failover_takes_the_newest_whose_memory_there_is(scra
         rig.cut_before = "CommitEpoch"
         with pytest.raises(CommitInDoubt):
             await rig.toolstack.commit(second.epoch, timeout=1)
+        await rig.link_lost()
         await rig.machine.kill()
         with pytest.raises(Refused, match="none of the checkpoints") as refusal:
             await rig.backup.failover([second.epoch + 7])
@@ -271,6 +284,7 @@ async def test_a_link_lost_on_the_way_loses_the_epoch_and_says_so(scratch: Path)
         first = await rig.committed(1)
         rig.cut_before = "EpochEnd"
         second = await rig.start(2)
+        await rig.link_lost()
         with pytest.raises(CommitInDoubt):
             # it may have arrived, as far as the primary can know
             await rig.toolstack.finish(second.epoch, timeout=1)
@@ -289,7 +303,8 @@ async def test_a_link_lost_on_the_way_loses_the_epoch_and_says_so(scratch: Path)
 
 
 async def test_a_time_out_changes_nothing_and_the_command_can_be_repeated(scratch: Path) -> None:
-    async with a_pair(scratch) as rig:
+    # the secondary's silence is not to be taken for a lost link before the command is given
+    async with a_pair(scratch, "--heartbeat-timeout", "60") as rig:
         await rig.committed(1)
         rig.secondary.process.signal(signal.SIGSTOP)
         second = await rig.start(2)
