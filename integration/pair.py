@@ -125,18 +125,16 @@ class Pair:
     async def put_aside(self) -> dict[str, Path]:
         """Pause the VM; copies of its disks, which every checkpoint holds from now on."""
         # A stop that comes inside the primary's own pause cannot be seen by it (QEMU has no event for it), and it
-        # resumes the VM; one that comes at any other time must hold, through the checkpoints that are waited for.
-        least = 0
+        # resumes the VM, before the next checkpoint; one that comes at any other time holds.
         for _ in range(20):
             await self.machine.pause()
-            await self.captured_from_now()
             least = await self.captured_from_now()
-            # looked at for a while: single looks, and more than one, may lie in pauses of the primary's, which are
-            # long where a guest writes much
             if await self.machine.stays_paused():
                 break
+        else:
+            raise AssertionError("each pause came inside one of the primary's")
         images = await self.copies()
-        assert await self.machine.status() == "paused"
+        assert await self.machine.stays_paused()
         assert committed(await self.primary.status()) >= least
         return images
 

@@ -6,7 +6,7 @@ Also speaks to the controllers' control sockets, which are QMP servers too. One 
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -32,6 +32,7 @@ class Qmp:
 
     :ivar greeting: what the server said first.
     :ivar events: the newest events that came in between replies.
+    :ivar counts: how many events of each name have come so far.
     """
 
     def __init__(self, stream: trio.SocketStream) -> None:
@@ -41,6 +42,7 @@ class Qmp:
         self._number = 0
         self.greeting: dict[str, Any] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=10_000)
+        self.counts: Counter[str] = Counter()
 
     async def execute(self, command: str, arguments: dict[str, Any] | None = None, *, timeout: float = 30.0) -> Any:
         """Run a command and return what it returns.
@@ -99,6 +101,8 @@ class Qmp:
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         message: dict[str, Any] = json.loads(line)
+        if "event" in message:
+            self.counts[message["event"]] += 1
         return message
 
 

@@ -362,11 +362,12 @@ async def test_pauses_of_somebody_else_and_a_reset_meet_jobs_and_end_nothing(scr
         await pair.start_primary()
         await pair.primary.protected()
         for _ in range(20):
-            await pair.machine.qmp.execute("stop", timeout=8)
+            await pair.machine.pause()
+            await pair.captured_from_now()
             # One that fell into a pause of ours is undone by us. A cont of somebody who takes that for his own pause,
             # and meets another of ours, ends QEMU 7.2: see the README.
             if await pair.machine.stays_paused():
-                await pair.machine.qmp.execute("cont", timeout=8)
+                await pair.machine.resume()
             await trio.sleep(0.05)
         await pair.machine.running()
         await pair.primary.progress(3)
