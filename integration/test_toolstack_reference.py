@@ -276,7 +276,8 @@ async def test_output_is_held_until_the_commit_of_the_checkpoint_after_it(scratc
 
         async def watch(moment: Moment, epoch: int | None) -> None:
             if moment == Moment(Step.COMMIT, after=False):
-                await grow(job, 20)
+                held = b"".join(data for _, data in setting.output._epochs)
+                await job.wait_until(lambda job: last(job) > numbers(held)[-1] + 20)
             seen.append((moment, len(setting.output.released)))
 
         setting.protector._hook = watch
