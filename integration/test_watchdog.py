@@ -24,16 +24,20 @@ LIMIT = 60.0
 WATCHDOG = 5.0
 """Seconds for which a controller may hang here: more than the machine's load holds up one that does not."""
 
+PATIENT = 30.0
+"""Seconds of silence that a transfer may be stuck for: it ends by what the test does and not by itself."""
+
 SIZE = 48 * MIB
 DIRTY = 24 * MIB
 """What an epoch in transfer has to carry."""
 
 
 @asynccontextmanager
-async def protected_pair(scratch: Path) -> AsyncIterator[Pair]:
+async def protected_pair(scratch: Path, *, heartbeat: float | None = None) -> AsyncIterator[Pair]:
     """A VM that is protected, its first copy of all of the disk done."""
     options = ("--watchdog", f"{WATCHDOG:g}")
-    async with pair_of(scratch, [image(scratch, "a", SIZE)], proxied=True, primary_options=options) as pair:
+    disks = [image(scratch, "a", SIZE)]
+    async with pair_of(scratch, disks, proxied=True, heartbeat=heartbeat, primary_options=options) as pair:
         await pair.machine.qemu_io("a", f"write -P 0x5a 0 {SIZE}")
         await pair.start_primary()
         assert (await pair.primary.protected())["bytes-sent"] > SIZE
@@ -75,7 +79,7 @@ async def see_the_difference_sent(pair: Pair) -> None:
 
 @pytest.mark.parametrize("transferring", [False, True], ids=["idle", "in-transfer"])
 async def test_a_controller_that_hangs_is_ended_and_its_filter_taken_out(scratch: Path, transferring: bool) -> None:
-    async with protected_pair(scratch) as pair:
+    async with protected_pair(scratch, heartbeat=PATIENT) as pair:
         if transferring:
             await pair.begin_transfer("a", DIRTY)
         await all_ended(pair, lambda: pair.primary.process.signal(signal.SIGSTOP))
@@ -86,7 +90,7 @@ async def test_a_controller_that_hangs_is_ended_and_its_filter_taken_out(scratch
 
 
 async def test_the_filter_of_a_killed_controller_comes_out_while_the_guest_writes(scratch: Path) -> None:
-    async with protected_pair(scratch) as pair, background() as nursery:
+    async with protected_pair(scratch, heartbeat=PATIENT) as pair, background() as nursery:
         await pair.begin_transfer("a", DIRTY)
         scribbler = Scribbler(pair.machine)
         nursery.start_soon(scribbler.run)
@@ -99,7 +103,7 @@ async def test_the_filter_of_a_killed_controller_comes_out_while_the_guest_write
 
 
 async def test_a_controller_that_is_started_at_once_and_the_clean_up_do_not_disturb_each_other(scratch: Path) -> None:
-    async with protected_pair(scratch) as pair:
+    async with protected_pair(scratch, heartbeat=PATIENT) as pair:
         for _ in range(3):
             await pair.begin_transfer("a", DIRTY)
             # the guardian stands still until the new controller is on its way
