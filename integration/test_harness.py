@@ -25,6 +25,7 @@ from integration.harness import (
     make_ext4,
     make_image,
     mount,
+    open_qmp,
     start_block_load,
     start_file_load,
     start_ledger,
@@ -63,7 +64,7 @@ async def test_ledger_survives_sigkill_under_load_with_every_reported_record(scr
         ledger = await start_ledger(machine, first="first", second="second", rate=0)
         await start_file_load(machine)
         await start_block_load(machine, "second", start=SLOTS_SIZE, size=8 * MIB)
-        await ledger.reach(700)
+        await ledger.reach(700, timeout=180)
         await machine.kill()
         reported = ledger.last
     verdict = await check_disks(scratch, guest, images.first, images.second)
@@ -221,6 +222,19 @@ async def test_guest_sees_each_kind_of_disk_under_the_name_that_the_harness_says
         with pytest.raises(GuestError, match="ended with 3"):
             await machine.guest.run("exit 3")
     assert not machine.process.running
+
+
+async def test_pause_that_fell_into_somebody_elses_does_not_pass_for_one_that_stays(scratch: Path) -> None:
+    async with start_machine(scratch, []) as machine, open_qmp(machine.spare_qmp_path) as other:
+        await machine.pause()
+        assert await machine.stays_paused()
+        await machine.resume()
+        await other.execute("stop")
+        await machine.pause()
+        await other.execute("cont")
+        assert not await machine.stays_paused()
+        await other.execute("stop")
+        assert not await machine.stays_paused()
 
 
 async def test_machine_that_qemu_refuses_says_why(scratch: Path) -> None:
