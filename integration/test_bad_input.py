@@ -78,7 +78,7 @@ async def assert_untouched(machine: Machine, before: Seen, *directories: Path, b
     after = await look(machine)
     assert (after.nodes, after.attached, after.exports) == (before.nodes, before.attached, 0)
     assert after.bitmaps == (bitmaps,) * len(before.bitmaps)
-    assert await machine.status() == "running"
+    await machine.running()
     # QEMU has one NBD server at most: where it takes a new one, there is none
     address = {"type": "unix", "data": {"path": str(machine.directory / "free")}}
     await machine.qmp.execute("nbd-server-start", {"addr": address})
@@ -523,7 +523,7 @@ async def test_a_stopped_controller_does_not_hang_qemu(scratch: Path) -> None:
         primary.process.signal(signal.SIGCONT)
         await primary.progress()
         assert await primary.stop() == 0
-        assert await machine.status() == "running"
+        await machine.running()
 
 
 async def test_detach_after_sigkill_leaves_nothing(scratch: Path) -> None:
@@ -544,7 +544,7 @@ async def test_detach_after_sigkill_leaves_nothing(scratch: Path) -> None:
         left = await look(machine)
         assert left.exports == 1
         assert left.attached != before.attached
-        assert await machine.status() == "running"
+        await machine.running()
         done = (await qemu_remus("detach", "--qmp", str(machine.qmp_path), scratch=scratch)).check()
         assert "bitmap" in done.out
         # a socket of the killed controller's own is not QEMU's
