@@ -6,8 +6,8 @@ QEMU ends the connection and is told in ``aborted``. Tests make it go wrong on p
 ``mute``, ``hang_up_before`` and ``hang_up_after``, and have things happen before or after a command with ``before`` and
 ``after``.
 
-Rules: it keeps no time and never waits; events come before the reply of the command that causes them, except for
-``BLOCK_EXPORT_DELETED``, which comes after it, as in QEMU.
+Rules: it keeps no time, and never waits but where a test has it :meth:`FakeQemu.hang`; events come before the reply of
+the command that causes them, except for ``BLOCK_EXPORT_DELETED``, which comes after it, as in QEMU.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class FakeQemu(FakePush):
         self._refusals: Counter[tuple[str, str]] = Counter()
         self._pending: list[dict[str, Any]] = []
         self._stream: trio.abc.Stream | None = None
+        self._gone_on: trio.Event | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +87,15 @@ class FakeQemu(FakePush):
     def refuse(self, command: str, desc: str = "refused by the test", *, times: int = 1) -> None:
         """Refuse the next commands of a name."""
         self._refusals[command, desc] += times
+
+    def hang(self) -> None:
+        """Do and say nothing, from the next command on, until :meth:`go_on`; then do all that has come meanwhile."""
+        self._gone_on = trio.Event()
+
+    def go_on(self) -> None:
+        """Hang no more."""
+        if self._gone_on is not None:
+            self._gone_on.set()
 
     def commands(self, *, queries: bool = False) -> list[str]:
         """Names of the commands that came, without the queries."""
@@ -111,6 +121,8 @@ class FakeQemu(FakePush):
 
     async def _answer(self, message: dict[str, Any]) -> bool:
         name = message["execute"]
+        if self._gone_on is not None:
+            await self._gone_on.wait()
         if name in self.hang_up_before:
             return False
         try:
@@ -151,8 +163,12 @@ class FakeQemu(FakePush):
         ours, theirs = trio.testing.memory_stream_pair()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.serve, theirs)
-            async with open_qmp_over(ours, PeerCredentials(0, 0, 0), name="the fake") as client:
-                yield client
+            try:
+                async with open_qmp_over(ours, PeerCredentials(0, 0, 0), name="the fake") as client:
+                    yield client
+            finally:
+                # Else it would not see that the connection has ended.
+                self.go_on()
 
     async def listen(self, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve clients on a Unix socket, one at a time, as a QMP monitor does."""

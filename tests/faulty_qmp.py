@@ -66,8 +66,8 @@ class FaultyQmp:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
-    async def execute(self, command: Command, *, timeout: float = 10.0) -> Any:
-        (outcome,) = await self.execute_many([command], timeout=timeout)
+    async def execute(self, command: Command, *, timeout: float = 10.0, insist: bool = False) -> Any:
+        (outcome,) = await self.execute_many([command], timeout=timeout, insist=insist)
         match outcome:
             case Done(value=value):
                 return value
@@ -78,17 +78,19 @@ class FaultyQmp:
                     raise doubt
                 raise QemuUnreachable(why)
 
-    async def execute_many(self, commands: Sequence[Command], *, timeout: float = 10.0) -> list[Outcome]:
+    async def execute_many(
+        self, commands: Sequence[Command], *, timeout: float = 10.0, insist: bool = False
+    ) -> list[Outcome]:
         if self.struck and self._fault in (Fault.KILL, Fault.STOP):
             await trio.sleep_forever()
         at = self._strikes(commands)
         if at is None:
-            return await self._client.execute_many(commands, timeout=timeout)
+            return await self._client.execute_many(commands, timeout=timeout, insist=insist)
         self.struck = True
         if self._fault is Fault.REFUSE:
             return await self._refuse(commands, min(at, len(commands) - 1))
         if self._fault is Fault.DOUBT:
-            outcomes = await self._client.execute_many(commands, timeout=timeout)
+            outcomes = await self._client.execute_many(commands, timeout=timeout, insist=insist)
             lost = [InDoubt(CommandInDoubt(one.name, "the test lost it"), "the test lost it") for one in commands[at:]]
             return [*outcomes[:at], *lost]
         if at < len(commands):

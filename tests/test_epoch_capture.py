@@ -16,10 +16,12 @@ from uuid import UUID
 
 import pytest
 import trio
+import trio.testing
 
 from qemu_remus.core.errors import (
     CheckpointVoid,
     CommandFailed,
+    CommandInDoubt,
     DiskUnsupported,
     EpochLost,
     FleeceTooSmall,
@@ -33,7 +35,7 @@ from qemu_remus.nbd.batches import Batch
 from qemu_remus.qemu import commands, epoch
 from qemu_remus.qemu.attachment import Attachment, open_attachment
 from qemu_remus.qemu.capabilities import Capabilities, query_capabilities
-from qemu_remus.qemu.client import QmpClient
+from qemu_remus.qemu.client import SILENCE_LIMIT, QmpClient
 from qemu_remus.qemu.discover import discover
 from qemu_remus.qemu.disks import VmDisk, choose_disks
 from qemu_remus.qemu.fleece import FleeceFile
@@ -141,6 +143,17 @@ def qemu(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("r")
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the mock clock, which takes a wait for a thread for one that nobody ends, and jumps over it."""
+
+    async def run_here(act: Callable[..., Any], *arguments: Any, **_: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return act(*arguments)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_here)
 
 
 def since_capture(qemu: FakeQemu) -> list[str]:
@@ -664,6 +677,72 @@ async def test_a_qemu_that_does_not_answer_is_told_to_resume_until_it_does(
         assert len(capture.disks) == 2
         assert rig.guardian.calls == ["arm", "arm", "disarm"]
         assert qemu.status == "running"
+
+
+@pytest.mark.usefixtures("no_threads")
+async def test_a_qemu_that_hangs_in_our_pause_is_told_to_resume_whatever_else_it_has_not_answered(
+    qemu: FakeQemu, directory: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with attached(qemu, directory) as rig, trio.open_nursery() as nursery:
+        qemu.write("a-node", 0, 1)
+        qemu.after["stop"] = qemu.hang
+        nursery.start_soon(_fail_to_capture, rig)
+        await trio.sleep(60)
+        qemu.go_on()
+        await trio.testing.wait_all_tasks_blocked()
+        assert qemu.status == "running"
+        # Each time it is told it has its time to answer, and the guardian knows.
+        assert qemu.commands().count("cont") == rig.guardian.calls.count("arm") > 2
+        rig.see_harmless({0})
+
+
+async def _fail_to_capture(rig: Rig) -> None:
+    with pytest.raises(CommandInDoubt):
+        await rig.capture()
+
+
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize("captured", [False, True])
+async def test_the_way_out_of_a_qemu_that_hangs_is_waited_for_once(
+    qemu: FakeQemu, directory: Path, autojump_clock: trio.testing.MockClock, *, captured: bool
+) -> None:
+    async with qemu.connect() as client:
+        async with attach(qemu, client, directory, FakeGuardian(qemu)) as rig:
+            await rig.attachment.start_tracking(identity(1))
+            qemu.write("a-node", 0, 1)
+            if captured:
+                await rig.capture()
+            qemu.hang()
+            with pytest.raises(CommandInDoubt):
+                await rig.attachment.start_tracking(identity(9))
+            began, told = trio.current_time(), len(qemu.log)
+        assert trio.current_time() - began == pytest.approx(SILENCE_LIMIT)
+        qemu.go_on()
+        await trio.testing.wait_all_tasks_blocked()
+        # Of all that is there to be taken out, only the first look has been sent.
+        assert [name for name, _ in qemu.log[told:]] == ["transaction", "query-jobs", "query-block-exports"]
+        assert recorded(qemu, "a-node") == {0}
+
+
+@pytest.mark.usefixtures("no_threads")
+async def test_a_qemu_that_goes_on_in_time_is_left_clean(
+    qemu: FakeQemu, directory: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with trio.open_nursery() as nursery:
+        async with attached(qemu, directory) as rig:
+            qemu.write("a-node", 0, 1)
+            await rig.capture()
+            qemu.hang()
+            with pytest.raises(CommandInDoubt):
+                await rig.attachment.start_tracking(identity(9))
+            nursery.start_soon(_go_on_later, qemu)
+        assert qemu.commands()[-1] == "nbd-server-stop"
+        rig.see_harmless({0})
+
+
+async def _go_on_later(qemu: FakeQemu) -> None:
+    await trio.sleep(SILENCE_LIMIT - 1)
+    qemu.go_on()
 
 
 def list_fleeces(directory: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from qemu_remus.core.errors import CommandFailed, QemuError
 from qemu_remus.qemu.hold import Hold
@@ -84,6 +85,18 @@ async def test_a_vm_in_any_other_state_is_left_so(status: str) -> None:
             await hold.take(60.0)
         await hold.let_run()
         assert qemu.status == status
+
+
+async def test_a_vm_is_told_to_run_for_as_long_as_its_qemu_hangs(autojump_clock: trio.testing.MockClock) -> None:
+    async with holding() as (qemu, guardian, hold), trio.open_nursery() as nursery:
+        await hold.take(60.0)
+        qemu.hang()
+        nursery.start_soon(hold.let_run)
+        await trio.sleep(60)
+        qemu.go_on()
+        await trio.testing.wait_all_tasks_blocked()
+        assert qemu.status == "running"
+        assert guardian.told[-1] == "disarm"
 
 
 async def test_at_the_end_a_pause_that_is_not_final_is_undone() -> None:

@@ -982,6 +982,22 @@ def test_a_primary_that_has_never_committed_is_not_degraded_but_off() -> None:
     assert machine.replication(at(Phase.WAITING)) is Replication.DEGRADED
 
 
+@pytest.mark.parametrize("phase", [Phase.IDLE, Phase.CAPTURE, Phase.TRANSFER, Phase.STAGE, Phase.COMMIT, Phase.RETIRE])
+def test_with_a_qemu_that_does_not_answer_nothing_is_protected_until_it_does(phase: Phase) -> None:
+    silent, effects = step(at(phase, reason=""), machine.QemuSilent("no reply"))
+    assert (silent.phase, effects) == (phase, ())
+    assert (machine.replication(silent), machine.reason(silent)) == (Replication.DEGRADED, "no reply")
+    heard, effects = step(silent, machine.QemuSilent(""))
+    assert effects == ()
+    assert (machine.replication(heard), machine.reason(heard)) == (Replication.PROTECTED, "")
+
+
+def test_what_ended_the_controller_is_said_rather_than_that_qemu_is_silent() -> None:
+    silent, _ = step(at(Phase.MERGE), machine.QemuSilent("no reply"))
+    ended, _ = step(silent, machine.WorkFailed("it was not sent"))
+    assert (machine.replication(ended), machine.reason(ended)) == (Replication.OFF, "it was not sent")
+
+
 # --- a full sync that was interrupted --------------------------------------------------------------------------------
 
 BEGUN = recording(None, 9, TWO)

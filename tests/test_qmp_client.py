@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,7 +16,15 @@ import trio.testing
 from qemu_remus.core.errors import CommandFailed, CommandInDoubt, NotQmp, QemuUnreachable
 from qemu_remus.core.model import NodeName
 from qemu_remus.qemu import commands
-from qemu_remus.qemu.client import Done, Failed, InDoubt, PeerCredentials, open_qmp, open_qmp_over
+from qemu_remus.qemu.client import (
+    SILENCE_LIMIT,
+    Done,
+    Failed,
+    InDoubt,
+    PeerCredentials,
+    open_qmp,
+    open_qmp_over,
+)
 from qemu_remus.qemu.commands import Command
 from qemu_remus.qemu.events import QmpEvent
 from tests.fake_qemu import FakeQemu
@@ -248,6 +256,75 @@ async def test_a_cancelled_query_is_given_up_at_once(fake: FakeQemu, autojump_cl
         assert scope.cancelled_caught
         assert trio.current_time() - started == pytest.approx(1)
         assert (await client.execute(commands.query_status()))["running"]
+
+
+# --- a QEMU that hangs
+
+
+async def test_all_that_comes_after_a_missing_reply_waits_once_and_is_sent_no_more(
+    fake: FakeQemu, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with fake.connect() as client:
+        fake.hang()
+        started = trio.current_time()
+        with pytest.raises(CommandInDoubt):
+            await client.execute(commands.stop(), timeout=5)
+        # This one has the time that is left for all.
+        with pytest.raises(QemuUnreachable, match="query-block got no answer from QEMU: no reply within 10 s"):
+            await client.execute(commands.query_block(), timeout=60)
+        for command in (commands.cont(), commands.query_status(), commands.blockdev_del(NOBODY)):
+            with pytest.raises(
+                QemuUnreachable, match=r"not sent to QEMU: QEMU at the fake does not answer: .* to stop"
+            ):
+                await client.execute(command)
+        assert trio.current_time() - started == pytest.approx(5 + SILENCE_LIMIT)
+        fake.go_on()
+        await trio.testing.wait_all_tasks_blocked()
+        assert fake.commands(queries=True)[1:] == ["stop", "query-block"]
+
+
+async def test_whoever_insists_is_heard_however_long_qemu_hangs(
+    fake: FakeQemu, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with fake.connect() as client, trio.open_nursery() as nursery:
+        fake.hang()
+        with pytest.raises(QemuUnreachable):
+            await client.execute(commands.query_status())
+        await trio.sleep(SILENCE_LIMIT)
+        nursery.start_soon(_after, 20, fake.go_on)
+        assert await client.execute(commands.stop(), timeout=30, insist=True) == {}
+
+
+async def _after(seconds: float, act: Callable[[], None]) -> None:
+    await trio.sleep(seconds)
+    act()
+
+
+async def test_a_qemu_that_goes_on_is_asked_as_before(fake: FakeQemu, autojump_clock: trio.testing.MockClock) -> None:
+    async with fake.connect() as client:
+        assert client.silence == ""
+        fake.hang()
+        with pytest.raises(CommandInDoubt):
+            await client.execute(commands.stop())
+        assert client.silence == "QEMU at the fake does not answer: there was no reply within 10 s to stop"
+        await trio.sleep(10 * SILENCE_LIMIT)
+        fake.go_on()
+        # What it owed says so.
+        await trio.testing.wait_all_tasks_blocked()
+        assert client.silence == ""
+        assert (await client.execute(commands.query_status()))["status"] == "paused"
+
+
+async def test_one_slow_reply_leaves_the_next_commands_all_their_time(
+    fake: FakeQemu, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with fake.connect() as client, trio.open_nursery() as nursery:
+        for _ in range(2):
+            fake.hang()
+            with pytest.raises(QemuUnreachable):
+                await client.execute(commands.query_status(), timeout=5)
+            nursery.start_soon(_after, SILENCE_LIMIT - 1, fake.go_on)
+            assert await client.execute(commands.query_block()) == []
 
 
 # --- many at once

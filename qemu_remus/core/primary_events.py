@@ -32,6 +32,16 @@ class DisksChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class QemuSilent:
+    """QEMU does not answer, or does again.
+
+    :param what: it has not answered in time, for a person; empty: it has answered since.
+    """
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class Surveyed:
     """Work done: the attachment has the disks that the VM has now; each resize that was wanted is done or refused.
 
@@ -275,6 +285,7 @@ class StopDeadline:
 Event = (
     Attached
     | DisksChanged
+    | QemuSilent
     | Resize
     | ResizeDropped
     | Surveyed

@@ -70,6 +70,7 @@ from qemu_remus.core.primary_events import (
     MakeWay,
     Merged,
     NotCaptured,
+    QemuSilent,
     SliceVerified,
     Standing,
     StopDeadline,
@@ -106,10 +107,11 @@ from qemu_remus.core.primary_model import (
     SwitchStage,
     Wish,
 )
-from qemu_remus.core.primary_questions import base_of, hello, reach_of, replication
+from qemu_remus.core.primary_questions import base_of, hello, reach_of, reason, replication
 
 __all__ = [
     "DisksChanged",
+    "QemuSilent",
     "LeftOut",
     "Resize",
     "ResizeDropped",
@@ -187,6 +189,7 @@ __all__ = [
     "SwitchStage",
     "SwitchTimeUp",
     "hello",
+    "reason",
     "replication",
     "step",
 ]
@@ -210,6 +213,12 @@ def _on(event: object, state: PrimaryState) -> Step:
 @_on.register
 def _(event: DisksChanged, state: PrimaryState) -> Step:
     return turns.to_be_surveyed(replace(state, stale=True))
+
+
+@_on.register
+def _(event: QemuSilent, state: PrimaryState) -> Step:
+    # Work that waits for it ends by itself, and is not lost where QEMU goes on before.
+    return replace(state, silence=event.what), ()
 
 
 @_on.register

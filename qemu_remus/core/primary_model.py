@@ -248,6 +248,7 @@ class PrimaryState:
     :param stale: the VM's disks may be others than these.
     :param resizes: wanted, and not begun.
     :param calling: a link was asked for, and has not come up since.
+    :param silence: what QEMU has not answered in time, for a person; empty while it answers.
     :param bulky: so much has changed during an outage that it is copied ahead of the next checkpoint.
     :param ahead: the bitmap whose blocks were copied ahead; they are part of the epoch that ``recording`` will end, or
         ``finished`` has ended.
@@ -332,3 +333,4 @@ class PrimaryState:
     stale: bool = False
     resizes: tuple[Resize, ...] = ()
     calling: bool = False
+    silence: str = ""

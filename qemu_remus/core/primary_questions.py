@@ -55,11 +55,16 @@ def replication(state: PrimaryState) -> Replication:
         return Replication.INITIAL_SYNC
     if state.phase is Phase.AHEAD and state.linked:
         return Replication.RESYNC
-    if not state.linked or state.failures:
+    if not state.linked or state.failures or state.silence:
         return Replication.DEGRADED if state.committed is not None else Replication.OFF
     if not state.protected:
         return Replication.RESYNC
     return Replication.VERIFYING if verify.verifying(state) else Replication.PROTECTED
+
+
+def reason(state: PrimaryState) -> str:
+    """Why the VM is not protected; empty while it is."""
+    return state.reason if state.phase is Phase.STOPPED else state.silence or state.reason
 
 
 def expect(state: PrimaryState, event: object, *phases: Phase) -> None:

@@ -111,7 +111,7 @@ class Telling:
         old, new = machine.replication(before), machine.replication(after)
         if old == new:
             return
-        reason = after.reason or None
+        reason = machine.reason(after) or None
         report = _log.warning if new in {Replication.DEGRADED, Replication.OFF} else _log.info
         report("state", replication=new.value, connection=self._link.connection.value, reason=reason)
         changed = ReplicationStateChanged(
@@ -276,7 +276,7 @@ class Telling:
             # The primary's own disks are the truth.
             disk=DiskState.UP_TO_DATE,
             replication=machine.replication(state),
-            reason=state.reason or None,
+            reason=machine.reason(state) or None,
             generation=state.generation,
             peer=str(self._config.peer),
             checkpoint=Checkpoints(

@@ -39,10 +39,11 @@ async def watch_dirty(work: Work, attachment: Attachment, wanted: Callable[[], b
 
 
 async def watch_disks(client: QmpClient, surveyor: Surveyor, post: Callable[[machine.Event], Awaitable[None]]) -> None:
-    """Task: see disks that come, go and grow; to a toolstack's next checkpoint it may be long.
+    """Task: see disks that come, go and grow, and a QEMU that hangs; to a toolstack's next checkpoint it may be long.
 
     :param post: gives the engine an event.
     """
+    told = ""
     with client.subscribe("DEVICE_DELETED") as deleted:
         while True:
             with trio.move_on_after(DISKS_REFRESH), contextlib.suppress(StopAsyncIteration):
@@ -52,6 +53,9 @@ async def watch_disks(client: QmpClient, surveyor: Surveyor, post: Callable[[mac
             with contextlib.suppress(QemuError):
                 if await surveyor.changed():
                     await post(machine.DisksChanged())
+            if client.silence != told:
+                told = client.silence
+                await post(machine.QemuSilent(told))
 
 
 @dataclass(frozen=True, slots=True)

@@ -318,7 +318,7 @@ class Capturer:
                 if self._guardian is not None:
                     # QEMU is slow, and we are here to see it: no reason to be killed.
                     await self._guardian.arm(self._pause_limit)
-                (outcome,) = await self._send([commands.cont()])
+                (outcome,) = await self._send([commands.cont()], insist=True)
                 if isinstance(outcome, Done):
                     return
                 if isinstance(outcome, Failed):
@@ -454,10 +454,10 @@ class Capturer:
             )
         ]
 
-    async def _send(self, steps: Sequence[Command]) -> list[Result]:
+    async def _send(self, steps: Sequence[Command], *, insist: bool = False) -> list[Result]:
         """As ``execute_many``, with an outcome for commands that were not sent, too."""
         try:
-            return [*await self._client.execute_many(steps, timeout=_REPLY_LIMIT)]
+            return [*await self._client.execute_many(steps, timeout=_REPLY_LIMIT, insist=insist)]
         except QemuUnreachable as error:
             return [NotSent(error)] * len(steps)
 

@@ -7,6 +7,9 @@ Owned here: the socket, deadlines, and what is known about a command's outcome. 
   connection or its time-out. Its outcome must be learned, since cancelling a wait does not cancel the command.
 - A lost reply to such a command is :class:`CommandInDoubt`; to a query :class:`QemuUnreachable`.  A command that was
   certainly not sent is :class:`QemuUnreachable` too.
+- A QEMU that has left one command without a reply for too long leaves the next ones without, as it takes them in order.
+  Those that follow wait for it no longer than :data:`SILENCE_LIMIT` all together, and are not sent any more after that,
+  until it has answered one; see :attr:`QmpClient.silence`.
 - QEMU drops queued commands when their connection closes, so leaving :func:`open_qmp` with commands outstanding is
   only for those who no longer care.
 """
@@ -34,9 +37,13 @@ from qemu_remus.qemu.protocol import NEED_DATA, ErrorReply, Event, Greeting, Qmp
 from qemu_remus.qemu.socket_holders import holders_of
 from qemu_remus.streams import receive, send_at_once
 
+SILENCE_LIMIT: Final = 10.0
+"""Seconds that all commands together wait for a QEMU that has not answered one before them in time."""
+
 _RECEIVE_SIZE: Final = 256 * 1024
 _WRITE_QUEUE: Final = 64
 _PEERCRED: Final = struct.Struct("3i")
+_NOT_CHANGED: Final = "QEMU was not changed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,14 @@ class _Batch:
             self.finished.set()
 
 
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    """QEMU owes a reply for too long: what, for a person, and until when it is waited for."""
+
+    what: str
+    until: float
+
+
 class QmpClient:
     """A session with one QEMU; made by :func:`open_qmp`."""
 
@@ -125,6 +140,7 @@ class QmpClient:
         self._subscriptions: set[EventStream] = set()
         self._greeted = trio.Event()  # or will never be: see _failure
         self._failure: QemuError | None = None
+        self._silence: _Silence | None = None
         self._order = -1
 
     @property
@@ -132,15 +148,21 @@ class QmpClient:
         """Place of the message received last; whatever comes from now on has a greater one."""
         return self._order
 
-    async def execute(self, command: Command, *, timeout: float = 10.0) -> Any:
+    @property
+    def silence(self) -> str:
+        """What QEMU has not answered in time, in words; empty while it answers, and as soon as it does again."""
+        return self._silence.what if self._silence is not None else ""
+
+    async def execute(self, command: Command, *, timeout: float = 10.0, insist: bool = False) -> Any:
         """Run one command and return the value of its reply.
 
         :param timeout: seconds, from the call to the reply.
+        :param insist: send it to a QEMU that does not answer too, and wait as long as ever.
         :raise CommandFailed: when QEMU refuses it.
         :raise CommandInDoubt: when it changes state and the connection is lost, or no reply comes in time.
         :raise QemuUnreachable: when a query is not answered, or a command was certainly not sent.
         """
-        (outcome,) = await self.execute_many([command], timeout=timeout)
+        (outcome,) = await self.execute_many([command], timeout=timeout, insist=insist)
         match outcome:
             case Done(value=value):
                 return value
@@ -151,16 +173,19 @@ class QmpClient:
                     raise doubt
                 raise QemuUnreachable(f"{command.name} got no answer from QEMU: {why}", safe="a query changes nothing")
 
-    async def execute_many(self, commands: Sequence[Command], *, timeout: float = 10.0) -> list[Outcome]:
+    async def execute_many(
+        self, commands: Sequence[Command], *, timeout: float = 10.0, insist: bool = False
+    ) -> list[Outcome]:
         """Run commands in order, all sent in one write; QEMU goes on with the next one whatever the one before gave.
 
         :param timeout: seconds, from the call to the last reply.
+        :param insist: as :meth:`execute`.
         :return: one outcome for each command, in their order.
         :raise QemuUnreachable: when none of them was sent.
         """
         if not commands:
             return []
-        return await self._run(_Batch(commands, [None] * len(commands), len(commands)), timeout)
+        return await self._run(_Batch(commands, [None] * len(commands), len(commands)), timeout, insist=insist)
 
     @property
     def passes_descriptors(self) -> bool:
@@ -181,8 +206,14 @@ class QmpClient:
             return outcome.value
         raise outcome.error
 
-    async def _run(self, batch: _Batch, timeout: float) -> list[Outcome]:
+    async def _run(self, batch: _Batch, timeout: float, *, insist: bool = False) -> list[Outcome]:
         commands = batch.commands
+        silence = self._silence
+        if silence is not None and self._failure is None and not insist:
+            timeout = min(timeout, silence.until - trio.current_time())
+            if timeout <= 0.0:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                raise QemuUnreachable(f"{commands[0].name} was not sent to QEMU: {silence.what}", safe=_NOT_CHANGED)
         self._batches.add(batch)
         try:
             with trio.move_on_after(timeout) as scope:
@@ -195,9 +226,12 @@ class QmpClient:
             # From here on the writer must not send it any more.
             batch.withdrawn = True
             self._batches.discard(batch)
-        why = self._failure.what if self._failure else f"no reply within {timeout:g} s"
+        why = self._failure.what if self._failure else f"no reply within {timeout:.3g} s"
         if not batch.sending:
-            raise QemuUnreachable(f"{commands[0].name} was not sent to QEMU: {why}", safe="QEMU was not changed")
+            raise QemuUnreachable(f"{commands[0].name} was not sent to QEMU: {why}", safe=_NOT_CHANGED)
+        if scope.cancelled_caught and self._silence is None:
+            what = f"QEMU at {self._name} does not answer: there was {why} to {commands[0].name}"
+            self._silence = _Silence(what, trio.current_time() + SILENCE_LIMIT)
         return [_outcome(command, answer, why) for command, answer in zip(commands, batch.answers, strict=True)]
 
     async def _hand_over(self, batch: _Batch) -> None:
@@ -295,6 +329,7 @@ class QmpClient:
                 self._order = received.order
                 match received:
                     case Reply() | ErrorReply():
+                        self._silence = None
                         batch, index = self._waiting.pop(received.id)
                         batch.answer(index, received)
                     case Event():

@@ -86,16 +86,16 @@ class Hold:
         if self._ours:
             await self.let_run()
 
-    async def _status(self) -> str:
-        return str((await self._client.execute(commands.query_status()))["status"])
+    async def _status(self, *, insist: bool = False) -> str:
+        return str((await self._client.execute(commands.query_status(), insist=insist))["status"])
 
     async def _let_run(self) -> None:
         with trio.move_on_after(_RESUME_LIMIT):
             while not self._client.closed.is_set():
                 await self._arm_anew()
                 try:
-                    if await self._status() == "paused":
-                        await self._client.execute(commands.cont(), timeout=_REPLY_LIMIT)
+                    if await self._status(insist=True) == "paused":
+                        await self._client.execute(commands.cont(), timeout=_REPLY_LIMIT, insist=True)
                 except CommandFailed:
                     raise
                 except QemuError as error:
