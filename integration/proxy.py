@@ -6,6 +6,7 @@ Owns nothing of the replication protocol: bytes pass, late or never.
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -14,6 +15,9 @@ import trio
 from integration.process import background
 
 _CHUNK = 16 * 1024
+
+#: Bytes that the kernel takes for us ahead of what we pass on: a link that stands still is to be felt soon.
+_RECEIVE_BUFFER = 64 * 1024
 
 
 class Proxy:
@@ -98,6 +102,8 @@ async def start_proxy(target: str) -> AsyncIterator[Proxy]:
     proxy = Proxy(target)
     async with background() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        # what is accepted has it from its listener, before the first window is offered
+        listeners[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
         proxy.address = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         nursery.start_soon(trio.serve_listeners, proxy._serve, listeners)
         yield proxy

@@ -426,7 +426,7 @@ async def test_a_disk_that_cannot_write_a_sector_fails_its_guest_and_not_the_rep
         await pair.start_primary()
         await pair.primary.protected()
         await see_it_fail(pair)
-        await pair.begin_transfer("a", 2 * MIB)
+        await pair.begin_transfer("a", 12 * MIB)
         await see_it_fail(pair)
         pair.end_transfer()
         await scribble(pair.machine, 3)
