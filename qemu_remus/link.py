@@ -11,7 +11,6 @@ delivered first; then whoever receives learns the reason.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -47,6 +46,9 @@ SEND_TIMEOUT: Final = 30.0
 """Seconds in which the peer must take at least one piece of what we send: it may be busy with its disks."""
 CLOSE_TIMEOUT: Final = 1.0
 """Seconds for last words, and for the body to notice that the link has ended."""
+
+_SILENCE_PARTS: Final = 9
+"""Waits of which the time that a peer may be silent consists."""
 
 _OUTBOX_FRAMES: Final = 8
 _INBOX_MESSAGES: Final = 8
@@ -105,7 +107,6 @@ class Link:
         self._outbox: deque[_Frame] = deque([_Frame([self._connection.start()])])
         self._places = trio.Semaphore(_OUTBOX_FRAMES)
         self._work = trio.Event()
-        self._silence = trio.CancelScope()
         self._resting = False
         self._queued = 1
         self._written = 0
@@ -238,16 +239,9 @@ class Link:
 
     async def _read(self) -> None:
         try:
-            await self._read_to_the_end()
+            await self._read_on()
         finally:
             self._reader_done.set()
-
-    async def _read_to_the_end(self) -> None:
-        with self._silence:
-            await self._read_on()
-        if self._silence.cancelled_caught:
-            waited = f"{self._heartbeat_timeout:g} seconds"
-            self._end(PeerSilent(f"nothing was heard from the peer for {waited}", safe=_SAFE, hint=_HINT))
 
     async def _read_on(self) -> None:
         while not self._ended.is_set():
@@ -275,15 +269,20 @@ class Link:
 
     async def _receive_data(self) -> bytes | bytearray | None:
         """What comes next; None when the link ended instead."""
-        # The peer's silence counts only while we listen: a reader that waits for its owner hears nobody.
-        self._silence.deadline = trio.current_time() + self._heartbeat_timeout
-        try:
-            data = await receive(self._stream, _PIECE)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._end(_lost("the connection broke", error))
-            return None
-        self.bytes_received += len(data)
-        return data
+        # The peer's silence counts only while we listen: a reader that waits for its owner hears nobody. And only while
+        # we run: of a time for which we, or the whole machine, stood still, no more counts than one part.
+        for _ in range(_SILENCE_PARTS):
+            with trio.CancelScope(deadline=trio.current_time() + self._heartbeat_timeout / _SILENCE_PARTS):
+                try:
+                    data = await receive(self._stream, _PIECE)
+                except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    self._end(_lost("the connection broke", error))
+                    return None
+                self.bytes_received += len(data)
+                return data
+        waited = f"{self._heartbeat_timeout:g} seconds"
+        self._end(PeerSilent(f"nothing was heard from the peer for {waited}", safe=_SAFE, hint=_HINT))
+        return None
 
     async def _deliver(self, message: m.Message) -> None:
         try:
@@ -298,13 +297,11 @@ class Link:
             pass
 
     async def _wait_for_room(self, message: m.Message) -> None:
-        self._silence.deadline = math.inf
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._inbox_in.send(message)
 
     async def _discard(self) -> None:
         """Read on until the peer closes."""
-        self._silence.deadline = math.inf
         try:
             while await self._stream.receive_some(_PIECE):
                 pass

@@ -241,6 +241,33 @@ async def test_a_silent_peer_ends_the_link_after_the_timeout(autojump_clock: Clo
     assert trio.current_time() == pytest.approx(3.0)
 
 
+async def test_a_time_for_which_everything_stood_still_is_nobodys_silence(autojump_clock: Clock) -> None:
+    async with two_links() as (primary, secondary):
+        for _ in range(10):
+            await trio.sleep(0.7)
+            autojump_clock.jump(60)
+        await primary.send(BEGIN)
+        while await secondary.receive() != BEGIN:
+            pass
+
+
+async def test_a_peer_that_is_silent_while_we_stand_still_now_and_then_is_silent(autojump_clock: Clock) -> None:
+    left, right = trio.testing.memory_stream_pair()
+    peer = Peer(right, S)
+
+    async def stand_still() -> None:
+        while True:
+            await trio.sleep(0.5)
+            autojump_clock.jump(1)
+
+    with pytest.raises(PeerSilent):
+        async with open_link(left, P) as link, trio.open_nursery() as nursery:
+            await peer.start()
+            await link.receive()
+            nursery.start_soon(stand_still)
+            await link.receive()
+
+
 async def test_bytes_of_an_unfinished_frame_are_a_sign_of_life(autojump_clock: Clock) -> None:
     left, right = trio.testing.memory_stream_pair()
     peer = Peer(right, S)
