@@ -24,9 +24,7 @@ from qemu_remus.qemu import push
 from qemu_remus.qemu.detach import detach
 from qemu_remus.qemu.fleece import FleeceFile
 from qemu_remus.qemu.nodes import Kind, job_id, kind_of
-from tests.fake_qemu import VIRTIO, FakeQemu
-from tests.faulty_qmp import Fault
-from tests.test_epoch_capture import (
+from tests.epoch.rig import (
     BLOCK,
     PAIR,
     Rig,
@@ -36,6 +34,8 @@ from tests.test_epoch_capture import (
     named,
     recorded,
 )
+from tests.fake_qemu import VIRTIO, FakeQemu
+from tests.faulty_qmp import Fault
 
 KIB = 1 << 10
 MIB = 1 << 20
