@@ -11,7 +11,7 @@ from qemu_remus.core import primary_machine as machine
 from qemu_remus.core.model import EpochNumber
 from qemu_remus.core.primary_machine import Phase, PrimaryState
 from qemu_remus.primary.power_off import COMMIT_LIMIT, LINK_LIMIT, last_checkpoint
-from tests.test_primary_machine import at
+from tests.primary_machine.states import at
 
 
 class Engine:

@@ -12,7 +12,7 @@ from qemu_remus.core import primary_machine as machine
 from qemu_remus.core.errors import RefusalCode
 from qemu_remus.core.model import DiskName, DiskSpec, EpochNumber, Replication
 from qemu_remus.core.primary_machine import Opened, Phase, PrimaryState, Resize, Surveyed, step
-from tests.test_primary_machine import DISKS, at, copied_ahead, ended, first_sync, link_up, live, merge_of, theirs
+from tests.primary_machine.states import DISKS, at, copied_ahead, ended, first_sync, link_up, live, merge_of, theirs
 
 NEW = DiskSpec(DiskName("new"), 1 << 20)
 LARGER = (replace(DISKS[0], size=2 * DISKS[0].size), *DISKS[1:])

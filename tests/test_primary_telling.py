@@ -16,7 +16,7 @@ from qemu_remus.core.report import Pause
 from qemu_remus.core.settings import Address, PrimaryConfig
 from qemu_remus.primary.telling import Telling
 from qemu_remus.qemu.disks import VmDisk
-from tests.test_primary_machine import DISKS, at
+from tests.primary_machine.states import DISKS, at
 
 HERE = Path("/nowhere")
 CONFIG = PrimaryConfig(PairName("vm"), HERE, Address("host", 1), None, 0.2, HERE, HERE, HERE, HERE)

@@ -14,7 +14,7 @@ from qemu_remus.core.extents import Extent
 from qemu_remus.core.model import EpochNumber, Replication
 from qemu_remus.core.primary_machine import Opened, Phase, PrimaryState, step
 from qemu_remus.core.verification import COARSE, SLICE_DATA, Ending, Findings, Order, Piece, Verification
-from tests.test_primary_machine import TWO, at, first_sync, live, merged, recording
+from tests.primary_machine.states import TWO, at, first_sync, live, merged, recording
 
 SIZE = 1 << 20
 ORDER = Order(3, (0, 1), (SIZE, SIZE), True)

@@ -18,7 +18,7 @@ from qemu_remus.core.errors import CommitInDoubt, NotProtected, OutOfOrder, Qemu
 from qemu_remus.core.model import DiskState, EpochNumber, Generation, Replication, Role
 from qemu_remus.core.primary_machine import Handover, Phase, PrimaryState, SwitchReply
 from qemu_remus.core.switchover_machine import step
-from tests.test_primary_machine import ONE, at, link_up, recording, theirs
+from tests.primary_machine.states import ONE, at, link_up, recording, theirs
 
 NEXT = Generation(UUID(int=5))
 ME, OTHER = 1, 2

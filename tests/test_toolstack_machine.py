@@ -36,7 +36,7 @@ from qemu_remus.core.toolstack_machine import (
     standing,
     step,
 )
-from tests.test_primary_machine import first_sync, recording
+from tests.primary_machine.states import first_sync, recording
 from tests.toolstack_situations import (
     ABORT,
     ABORTED,

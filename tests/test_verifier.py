@@ -29,8 +29,8 @@ from qemu_remus.primary.outgoing import OutgoingEpoch
 from qemu_remus.primary.verifier import PATIENCE, Verifier
 from qemu_remus.qemu.attachment import Attachment
 from qemu_remus.qemu.nodes import BitmapIdentity
+from tests.primary_machine.states import recording
 from tests.test_comparison_primary import DISK, Secondary, is_zero, serving
-from tests.test_primary_machine import recording
 
 KIB, MIB = 1 << 10, 1 << 20
 IDENTITY = BitmapIdentity(PairName("vm"), Generation(UUID(int=1)), EpochNumber(7), EpochNumber(8))

@@ -18,7 +18,7 @@ from qemu_remus.core.primary_machine import Phase
 from qemu_remus.core.primary_turns import COPY_AHEAD_BYTES
 from qemu_remus.core.toolstack_machine import WAIT, Event, Kind, Reply, Request, Step, ToolstackState, decide, step
 from qemu_remus.core.verification import Order
-from tests.test_primary_machine import SENT_AHEAD, TWO, at, first_sync, link_up, recording, theirs
+from tests.primary_machine.states import SENT_AHEAD, TWO, at, first_sync, link_up, recording, theirs
 
 N: Final = EpochNumber(8)
 ME: Final = 1
@@ -28,7 +28,7 @@ Story = Event | Callable[[ToolstackState], Event]
 
 
 def toolstack(phase: Phase = Phase.IDLE, **fields: Any) -> ToolstackState:
-    """As :func:`tests.test_primary_machine.at`, with a toolstack."""
+    """As :func:`tests.primary_machine.states.at`, with a toolstack."""
     return ToolstackState(at(phase, one_step=False, **fields))
 
 
