@@ -14,7 +14,7 @@ from qemu_remus.core.errors import CommitInDoubt
 from qemu_remus.core.model import EpochNumber
 from qemu_remus.core.secondary_machine import Failover, Phase, SecondaryState
 from qemu_remus.core.toolstack_machine import Kind, TimeUp, ToolstackState, step
-from tests.test_secondary_machine import LINK, TWO, at
+from tests.secondary_machine.states import LINK, TWO, at
 from tests.toolstack_situations import ME, SITUATIONS, N, asked, cell, replies
 
 PAGE: Final = (Path(__file__).parent.parent / "docs" / "control.md").read_text(encoding="utf-8")
