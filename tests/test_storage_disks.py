@@ -33,7 +33,7 @@ from qemu_remus.storage import format as fmt
 from qemu_remus.storage.format import DiskTable
 from qemu_remus.storage.store import Store
 from tests.memory_disk import MemoryDisk
-from tests.test_storage_recovery import PATH, open_journal
+from tests.storage_recovery.journals import PATH, open_journal
 
 E1, E2, E3, E4, E5 = map(EpochNumber, (1, 2, 3, 4, 5))
 
