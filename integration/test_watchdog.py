@@ -1,7 +1,7 @@
 """A primary's controller that hangs is ended, and what a dead one left in QEMU is taken out, by its guardian.
 
 Hangs and deaths inside a pause of the controller's own are integration/test_guardian_real.py's; who is taken for one
-that hangs is tests/test_guardian.py's.
+that hangs is tests/guardian/test_watch.py's.
 """
 
 from __future__ import annotations
