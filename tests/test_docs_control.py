@@ -15,7 +15,7 @@ from qemu_remus.core.model import EpochNumber
 from qemu_remus.core.secondary_machine import Failover, Phase, SecondaryState
 from qemu_remus.core.toolstack_machine import Kind, TimeUp, ToolstackState, step
 from tests.secondary_machine.states import LINK, TWO, at
-from tests.toolstack_situations import ME, SITUATIONS, N, asked, cell, replies
+from tests.toolstack_machine.situations import ME, SITUATIONS, N, asked, cell, replies
 
 PAGE: Final = (Path(__file__).parent.parent / "docs" / "control.md").read_text(encoding="utf-8")
 
