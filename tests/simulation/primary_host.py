@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qemu_remus.core import messages as m
 from qemu_remus.core import primary_machine as primary
 from qemu_remus.core import toolstack_machine as machine
-from qemu_remus.core.comparison import digest_blocks
 from qemu_remus.core.errors import RefusalCode
-from qemu_remus.core.extents import Extent, coalesce
 from qemu_remus.core.model import Base, EpochNumber, Generation, InstanceId
 from qemu_remus.core.primary_verify import verifying
-from qemu_remus.core.verification import Findings, Order
-from tests.simulation.models import (
-    BLOCK,
-    DISKS,
-    PAIR,
-    Action,
-    Content,
-    Crash,
-    Link,
-    Write,
-    brief,
-    bytes_of,
-    extents_of,
-    frozen,
-    specs_of,
-)
+from qemu_remus.core.verification import Order
+from tests.simulation.models import BLOCK, DISKS, PAIR, Action, Crash, Link, brief, specs_of
+from tests.simulation.primary_work import Worker
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
-
-
-@dataclass
-class Work:
-    """The piece of work under way on the primary."""
-
-    effect: primary.Effect
-    link: Link | None
-    todo: deque[tuple[int, int]]
-    extents: int = 0
-    payload: int = 0
-    begun: bool = False
-    unanswered: int = 0
-    read: list[Write] = field(default_factory=list)
-    differing: list[Write] = field(default_factory=list)
-    cancelled: bool = False
-    interrupted: bool = False
-    result: primary.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +42,7 @@ class PrimaryHost:
         self.whole: machine.ToolstackState | None = None
         self.ended: primary.Stop | None = None
         self.verifications = 0
-        self.verified = self.repaired = 0
+        self.worker = Worker(self)
         self._forget()
 
     def _forget(self) -> None:
@@ -86,8 +52,7 @@ class PrimaryHost:
         self.timer = False
         self.verify_timer = False
         self.hurried = False
-        self.work: Work | None = None
-        self.questions: deque[tuple[Work, Write]] = deque()
+        self.worker.forget()
 
     @property
     def state(self) -> primary.PrimaryState | None:
@@ -124,7 +89,7 @@ class PrimaryHost:
         if not world.calm:
             yield faults.primary_crash, "the primary crashes", self.die
             yield faults.stop, "the primary is asked to stop", lambda: self.handle(primary.StopRequested())
-        if state.phase is not primary.Phase.STARTING and not state.stale and self._outdated():
+        if state.phase is not primary.Phase.STARTING and not state.stale and self.worker.outdated():
             yield 0.3, "the primary sees that a disk has grown", lambda: self.handle(primary.DisksChanged())
         if state.stopping and not self.hurried:
             yield 0.3, "the primary has to stop now", self.hurry
@@ -152,12 +117,7 @@ class PrimaryHost:
             wanted = 0.5 if state.protected and not verifying(state) else 0.02
             yield wanted, "somebody wants the copy verified", self.verify
             yield 0.01, "somebody wants that ended", lambda: self.handle(primary.VerifyCancelled(0))
-        if self.work is not None:
-            name = type(self.work.effect).__name__
-            if self.work.result is None:
-                yield 4.0, f"work goes on: {name}", self.work_on
-            else:
-                yield 4.0, f"work ends: {name}: {self.work.result}", self.report_work
+        yield from self.worker.actions()
 
     def start(self) -> None:
         world = self.world
@@ -183,7 +143,7 @@ class PrimaryHost:
 
     def attach(self) -> None:
         """The control socket is there already."""
-        self.handle(primary.Attached(self.found()))
+        self.handle(primary.Attached(self.worker.found()))
 
     def die(self) -> None:
         """The process is gone; what it has sent may still arrive."""
@@ -229,7 +189,7 @@ class PrimaryHost:
         theirs = link.at_primary()
         if isinstance(theirs, m.Hello):
             self.attempt, self.link, self.connecting = None, link, False
-            self.questions.clear()
+            self.worker.questions.clear()
             much = self.world.rng.random() < 0.5
             self.handle(primary.LinkUp(ours, theirs, Generation(self.world.identity()), 1 << 40 if much else 0))
         else:
@@ -241,23 +201,9 @@ class PrimaryHost:
         assert self.link is not None
         message = self.link.at_primary()
         if isinstance(message, m.BlocksDiffer):
-            self._answered(message)
+            self.worker.answered(message)
         else:
             self.handle(primary.FromPeer(message))
-
-    def _answered(self, message: m.BlocksDiffer) -> None:
-        """The oldest question's answer; nobody waits any more for those of earlier work."""
-        work, write = self.questions.popleft()
-        assert (message.disk, message.offset) == (write[0], write[1] * BLOCK)
-        if work is not self.work:
-            return
-        work.unanswered -= 1
-        if isinstance(work.effect, primary.VerifySlice):
-            if message.differing != b"\0":
-                work.differing.append(write)
-            return
-        if message.differing != b"\0" and work.result is None:
-            self._send_extents(work, [write])
 
     def link_down(self) -> None:
         assert self.link is not None
@@ -274,7 +220,7 @@ class PrimaryHost:
         disks = tuple(range(DISKS)) if rng.random() < 0.7 else (rng.randrange(DISKS),)
         self.verifications += 1
         order = Order(
-            self.verifications, disks, tuple(self._sizes()[disk] * BLOCK for disk in disks), rng.random() < 0.5
+            self.verifications, disks, tuple(self.worker.sizes()[disk] * BLOCK for disk in disks), rng.random() < 0.5
         )
         self.handle(primary.VerifyRequested(order))
 
@@ -285,286 +231,6 @@ class PrimaryHost:
     def checkpoint_due(self) -> None:
         self.timer = False
         self.handle(primary.CheckpointDue())
-
-    # --- work --------------------------------------------------------------------------------------------------------
-
-    def work_on(self) -> None:
-        work = self.work
-        assert work is not None
-        work.result = self._advance(work, work.effect)
-
-    def _advance(self, work: Work, effect: primary.Effect) -> primary.Event | None:
-        world, qemu = self.world, self.world.qemu
-        broken = world.happens(world.faults.work)
-        failed = primary.WorkFailed("it failed", fatal=broken and world.rng.random() < 0.05, changed=self._outdated())
-        match effect:
-            case primary.Survey():
-                qemu.snapshot = None
-                changed = self._outdated()
-                return failed if broken else primary.Surveyed(changed, specs_of(qemu.sizes), self.found())
-            case primary.StartTracking(recording):
-                if broken:
-                    return failed
-                qemu.start_tracking(recording)
-                return primary.TrackingStarted()
-            case primary.MergeBack():
-                qemu.snapshot = None
-                if broken and world.rng.random() < 0.5:
-                    return failed
-                merged = self._merge(effect)
-                return failed if broken else merged
-            case primary.RemoveBitmaps(recordings):
-                if broken and world.rng.random() < 0.5:
-                    return failed
-                for bitmaps in qemu.bitmaps:
-                    for recording in recordings:
-                        bitmaps.pop(recording, None)
-                return failed if broken else primary.BitmapRemoved()
-            case primary.Capture(finished, following):
-                return self._capture(work, finished, following, failed if broken else None)
-            case primary.Transfer(finished):
-                return self._transfer(work, finished.epoch, failed if broken else None)
-            case primary.CopyAhead():
-                return self._copy_ahead(work, effect, failed if broken else None)
-            case primary.VerifySlice():
-                return self._verify_slice(work, effect, failed if broken else None)
-            case primary.CopyLive():
-                return self._copy(work, effect, failed if broken else None)
-            case primary.Hold() | primary.Stand():
-                return failed if broken else self._stand_still(effect)
-            case _:
-                raise AssertionError(effect)
-
-    def _stand_still(self, effect: primary.Hold | primary.Stand) -> primary.Event:
-        qemu = self.world.qemu
-        if isinstance(effect, primary.Hold):
-            ours = not qemu.paused
-            qemu.armed = qemu.armed or ours
-            qemu.paused = True
-            return primary.Held(ours)
-        written = any(effect.recording not in bitmaps or bitmaps[effect.recording].dirty for bitmaps in qemu.bitmaps)
-        if written or not qemu.paused:
-            return primary.WorkFailed("the VM has run on")
-        qemu.armed = False
-        return primary.Standing()
-
-    def _sizes(self) -> tuple[int, ...]:
-        """Of the disks as the primary knows them, in blocks."""
-        assert self.state is not None
-        return tuple(disk.size // BLOCK for disk in self.state.disks)
-
-    def _outdated(self) -> bool:
-        return self._sizes() != self.world.qemu.sizes
-
-    def found(self) -> tuple[tuple[primary.Found, ...], ...]:
-        return tuple(
-            tuple(primary.Found(recording, bitmap.recording) for recording, bitmap in bitmaps.items())
-            for bitmaps in self.world.qemu.bitmaps
-        )
-
-    def _merge(self, effect: primary.MergeBack) -> primary.Merged:
-        """One transaction for all disks."""
-        found = tuple(tuple(one for one in disk if one.recording in effect.old) for disk in self.found())
-        base = None if effect.complete else primary.base_of(found, effect.generation)
-        into = primary.Recording(effect.generation, base, effect.epoch)
-        for disk in range(DISKS):
-            self.world.qemu.merge_back(disk, effect.old, into)
-        if self.state is not None and effect.generation != self.state.generation:
-            self.world.taken_over = self.state.generation
-        return primary.Merged(into, found)
-
-    def _copy_ahead(self, work: Work, effect: primary.CopyAhead, failed: primary.Event | None) -> primary.Event | None:
-        qemu = self.world.qemu
-        if failed is not None or (work.cancelled and (work.todo or work.unanswered or not work.begun)):
-            return failed or primary.WorkFailed("cancelled")
-        assert work.link is not None
-        if work.link.cut_off:
-            return primary.WorkFailed("the link is gone")
-        if not work.begun and any(effect.finished not in bitmaps for bitmaps in qemu.bitmaps if effect.finished):
-            return primary.WorkFailed("a disk has lost its bitmap")
-        if not work.begun:
-            work.begun = True
-            dirty = qemu.rotate(effect.finished, effect.following)
-            if any(block >= size for blocks, size in zip(dirty, self._sizes(), strict=True) for block in blocks):
-                return primary.WorkFailed("a disk has grown", changed=True)
-            work.todo.extend((disk, block) for disk in range(DISKS) for block in self._ahead(effect, disk, dirty))
-        elif work.todo:
-            disk, block, value = self._next_write(work, frozen(qemu.disks))
-            if block in self._compared(effect, disk):
-                self._ask(work, (disk, block, value))
-            else:
-                self._send_extents(work, [(disk, block, value)])
-        elif not work.unanswered:
-            return primary.CopiedAhead(primary.Opened(work.extents, work.payload, 0))
-        return None
-
-    def _verify_slice(
-        self, work: Work, effect: primary.VerifySlice, failed: primary.Event | None
-    ) -> primary.Event | None:
-        """Blocks are read and asked about one by one, then the bitmap is looked at."""
-        piece, rng = effect.piece.extent, self.world.rng
-        nothing = Findings(piece.offset)
-        if work.cancelled:
-            return primary.WorkFailed("cancelled")
-        if failed is not None:
-            return primary.SliceVerified(effect.opened, nothing, "the disk cannot be read")
-        assert work.link is not None
-        if work.interrupted or work.link.cut_off:
-            return primary.SliceVerified(effect.opened, nothing)
-        if not work.begun:
-            work.begun = True
-            first, end = piece.offset // BLOCK, piece.end // BLOCK
-            work.todo.extend((piece.disk, block) for block in range(first, rng.randint(first + 1, end)))
-        if work.todo:
-            write = self._next_write(work, frozen(self.world.qemu.disks))
-            work.read.append(write)
-            self._ask(work, write)
-            return None
-        if work.unanswered:
-            return None
-        bitmap = self.world.qemu.bitmaps[piece.disk].get(effect.recording)
-        if bitmap is None:
-            return primary.SliceVerified(effect.opened, nothing, "the disk has lost its bitmap")
-        return self._sort_out(work, effect, bitmap.dirty)
-
-    def _sort_out(self, work: Work, effect: primary.VerifySlice, dirty: set[int]) -> primary.Event:
-        rng, state = self.world.rng, self.state
-        assert state is not None
-        wrong = [write for write in work.differing if write[1] not in dirty]
-        assert not wrong or state.refused or self.world.tracking_lost, f"a false alarm: {wrong}"
-        if effect.repair:
-            # As though they had been damaged: what is sent must do no harm, whatever the guest writes.
-            wrong = [write for write in work.read if write[1] not in dirty and rng.random() < 0.3]
-        sent = wrong if effect.repair else []
-        if sent:
-            self._send_extents(work, sent)
-        written = [write for write in work.differing if write[1] in dirty]
-        reached = (work.read[-1][1] + 1) * BLOCK
-        findings = Findings(reached, _ranges(wrong), _ranges(written), _ranges(sent))
-        self.verified += 1
-        self.repaired += bool(sent)
-        return primary.SliceVerified(primary.Opened(work.extents, work.payload, 0), findings)
-
-    def _ahead(self, effect: primary.CopyAhead, disk: int, dirty: list[set[int]]) -> Iterator[int]:
-        yield from sorted(dirty[disk] | set(self._compared(effect, disk)))
-
-    def _compared(self, effect: primary.CopyAhead, disk: int) -> range:
-        """The blocks of the disk that the secondary is asked about."""
-        size = self._sizes()[disk]
-        return range(0 if disk in effect.compare else dict(effect.grown).get(disk, size * BLOCK) // BLOCK, size)
-
-    def _ask(self, work: Work, write: Write) -> None:
-        assert work.link is not None
-        disk, block, value = write
-        self.questions.append((work, write))
-        work.unanswered += 1
-        work.link.from_primary(m.CompareBlocks(disk, block * BLOCK, BLOCK, digest_blocks(bytes_of([value]), BLOCK)))
-
-    def _send_extents(self, work: Work, writes: list[Write]) -> None:
-        """In a full copy, or of the epoch under way."""
-        assert work.link is not None
-        extents, data = extents_of(writes)
-        if isinstance(work.effect, primary.CopyLive):
-            work.link.from_primary(m.SyncExtents(extents, data))
-            return
-        match work.effect:
-            case primary.VerifySlice(recording=epoch) | primary.CopyAhead(following=epoch):
-                pass
-            case primary.Transfer(finished=epoch):
-                pass
-            case _:
-                raise AssertionError(work.effect)
-        work.extents += len(extents)
-        work.payload += len(data)
-        work.link.from_primary(m.EpochExtents(epoch.epoch, extents, data))
-
-    def _capture(
-        self, work: Work, finished: primary.Recording, following: primary.Recording, failed: primary.Event | None
-    ) -> primary.Event:
-        world = self.world
-        if work.cancelled and world.rng.random() < 0.5:
-            return primary.WorkFailed("cancelled")
-        assert isinstance(work.effect, primary.Capture)
-        if not work.effect.pause and world.toolstack.paused is None and not world.qemu.paused:
-            return primary.NotCaptured("the VM runs")
-        if failed is not None and world.rng.random() < 0.5:
-            return failed
-        if any(finished not in bitmaps for bitmaps in world.qemu.bitmaps):
-            return primary.WorkFailed("a disk has lost its bitmap")
-        if self._outdated():
-            if work.effect.pause:
-                # It is seen in the look that begins the next bitmaps.
-                world.qemu.start_tracking(following)
-            return primary.WorkFailed("a disk has another size", changed=True)
-        content = world.qemu.capture(finished, following)
-        key = (finished.generation, finished.epoch)
-        assert key not in world.checkpoints, f"epoch {finished.epoch} was captured before"
-        world.checkpoints[key] = content
-        if failed is not None:
-            # The bitmaps were rotated, then a filter could not be put in.
-            world.qemu.snapshot = None
-            return failed
-        assert world.qemu.snapshot is not None
-        if not any(world.qemu.snapshot.dirty) and not self.questions:
-            world.qemu.snapshot = None
-            return primary.Captured(changed=False)
-        return primary.Captured()
-
-    def _transfer(self, work: Work, epoch: EpochNumber, failed: primary.Event | None) -> primary.Event | None:
-        snapshot = self.world.qemu.snapshot
-        assert snapshot is not None
-        assert work.link is not None
-        if failed is not None or work.link.cut_off or (work.cancelled and (work.todo or self.questions)):
-            self.world.qemu.snapshot = None
-            return failed or primary.WorkFailed("cancelled, or the link is gone")
-        if not work.todo:
-            if self.questions:
-                # A slice that was interrupted has left them: no epoch ends before its questions are answered.
-                return None
-            self.world.qemu.snapshot = None
-            return primary.Transferred(primary.Opened(work.extents, work.payload, 0))
-        writes = [self._next_write(work, snapshot.content)]
-        if work.todo and self.world.rng.random() < 0.5:
-            writes.append(self._next_write(work, snapshot.content))
-        self._send_extents(work, writes)
-        return None
-
-    def _next_write(self, work: Work, content: Content) -> Write:
-        disk, block = work.todo.popleft()
-        return disk, block, content[disk][block]
-
-    def _copy(self, work: Work, effect: primary.CopyLive, failed: primary.Event | None) -> primary.Event | None:
-        qemu = self.world.qemu
-        assert work.link is not None
-        if failed is not None or work.link.cut_off or (work.cancelled and (work.todo or work.unanswered)):
-            return failed or primary.WorkFailed("cancelled, or the link is gone", by_link=work.link.cut_off)
-        if not work.begun:
-            work.begun = True
-            if any(effect.recording not in bitmaps for bitmaps in qemu.bitmaps):
-                return primary.WorkFailed("a disk has lost its bitmap")
-            if effect.start is None:
-                qemu.clear(effect.recording)
-        elif work.todo:
-            disk, block = work.todo[0]
-            position = (sum(self._sizes()[:disk]) + block) * BLOCK
-            if position and not work.unanswered and self.world.rng.random() < 0.3:
-                # Everything before it was sent, or is the same.
-                work.link.from_primary(m.SyncFlush(position))
-            disk, block, value = self._next_write(work, frozen(qemu.disks))
-            if not effect.fresh[disk]:
-                self._ask(work, (disk, block, value))
-            elif value:
-                self._send_extents(work, [(disk, block, value)])
-        elif not work.unanswered:
-            return primary.SyncCopied()
-        return None
-
-    def report_work(self) -> None:
-        work = self.work
-        assert work is not None
-        assert work.result is not None
-        self.work = None
-        self.handle(work.result)
 
     # --- effects -----------------------------------------------------------------------------------------------------
 
@@ -637,29 +303,15 @@ class PrimaryHost:
             case primary.VerifyAnswered():
                 pass
             case primary.InterruptSlice(patient):
-                if self.work is not None and not (patient and world.rng.random() < 0.7):
-                    self.work.interrupted = True
+                if self.worker.work is not None and not (patient and world.rng.random() < 0.7):
+                    self.worker.work.interrupted = True
             case primary.CancelWork():
-                if self.work is not None:
-                    self.work.cancelled = True
+                if self.worker.work is not None:
+                    self.worker.work.cancelled = True
             case primary.Stop():
                 self._stop(effect)
             case _:
-                assert self.work is None, "two pieces of work at once"
-                self.work = Work(effect, self.link, deque(self._blocks(effect)))
-                if isinstance(effect, primary.Transfer | primary.VerifySlice):
-                    self.work.extents, self.work.payload = effect.opened.extents, effect.opened.payload
-
-    def _blocks(self, effect: primary.Effect) -> Iterator[tuple[int, int]]:
-        snapshot = self.world.qemu.snapshot
-        for disk in range(DISKS):
-            if isinstance(effect, primary.Transfer):
-                assert snapshot is not None
-                yield from ((disk, block) for block in sorted(snapshot.dirty[disk]))
-            elif isinstance(effect, primary.CopyLive):
-                size = self._sizes()[disk]
-                first = (effect.start or 0) // BLOCK - sum(self._sizes()[:disk])
-                yield from ((disk, block) for block in range(max(0, first), size))
+                self.worker.begin(effect, self.link)
 
     def _close_link(self) -> None:
         if self.link is not None:
@@ -668,7 +320,7 @@ class PrimaryHost:
 
     def _stop(self, effect: primary.Stop) -> None:
         world = self.world
-        assert self.work is None, "stopped while work was under way"
+        assert self.worker.work is None, "stopped while work was under way"
         self.ended = effect
         if effect.goodbye is not None:
             self._check_refused(effect.goodbye.code)
@@ -695,7 +347,3 @@ class PrimaryHost:
         if code is RefusalCode.OTHER_PRIMARY or code is RefusalCode.NO_SPACE:
             # The operator waits a little, makes room, and starts it again.
             self.ended = None
-
-
-def _ranges(writes: list[Write]) -> tuple[Extent, ...]:
-    return tuple(coalesce(Extent(disk, block * BLOCK, BLOCK) for disk, block, _ in sorted(writes)))

@@ -87,8 +87,8 @@ def test_the_walks_come_by_every_kind_of_answer() -> None:
 
 def test_the_walks_verify_the_copy_and_repair_it() -> None:
     worlds = [walked(seed, lambda world: None) for seed in range(120)]
-    assert sum(world.primary.verified for world in worlds) > 30
-    assert sum(world.primary.repaired for world in worlds) > 3
+    assert sum(world.primary.worker.verified for world in worlds) > 30
+    assert sum(world.primary.worker.repaired for world in worlds) > 3
 
 
 def test_a_seed_replays_exactly() -> None:

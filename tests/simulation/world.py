@@ -157,7 +157,7 @@ class World:
 
     def remove_a_bitmap(self) -> None:
         """One that is in use cannot be removed."""
-        used = self.primary.work.effect if self.primary.work is not None else None
+        used = self.primary.worker.work.effect if self.primary.worker.work is not None else None
         if isinstance(used, primary.Transfer | primary.CopyAhead | primary.RemoveBitmaps):
             return
         bitmaps = self.rng.choice(self.qemu.bitmaps)
