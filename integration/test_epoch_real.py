@@ -301,6 +301,7 @@ def fleeces(directory: Path) -> list[Path]:
     return list(directory.glob("*.fleece"))
 
 
+@pytest.mark.bench
 async def test_the_pause_does_not_grow_with_a_disk_of_100_gib(scratch: Path) -> None:
     """The bound under load is the benchmark's; here, without one, where a bare pause is shortest, a loose one holds."""
     async with attached(scratch, [image(scratch, "a", 100 << 30)]) as rig:
