@@ -9,6 +9,8 @@ directory the crashed controller used.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import socket
@@ -40,13 +42,17 @@ def socket_path(runtime_dir: Path, pair: PairName, qemu: PeerCredentials) -> Pat
 
     :raise ConfigError: when the directory's name is too long for a Unix socket.
     """
-    path = runtime_dir / f"qemu-remus-nbd-{sha256(pair.encode()).hexdigest()[:8]}-{qemu.pid}.sock"
+    path = runtime_dir / f"{_prefix(pair)}{qemu.pid}.sock"
     if len(os.fsencode(path)) > _PATH_LIMIT:
         raise ConfigError(
             f"{path} is too long for a Unix socket, which may have {_PATH_LIMIT} bytes",
             hint="name a shorter --state-dir",
         )
     return path
+
+
+def _prefix(pair: PairName) -> str:
+    return f"qemu-remus-nbd-{sha256(pair.encode()).hexdigest()[:8]}-"
 
 
 def listening_paths(proc_net_unix: str) -> list[Path]:
@@ -69,6 +75,16 @@ def _listener(path: Path) -> int | None:
             return None
         pid, _, _ = _PEERCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
         return int(pid)
+
+
+def remove_dead(runtime_dir: Path, pair: PairName) -> None:
+    """Remove the sockets on which QEMUs of this pair have listened that were killed, and so have not removed them."""
+    for path in runtime_dir.glob(f"{_prefix(pair)}*.sock"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            # A server that is only busy is another error.
+            if path.is_socket() and _NAME.match(path.name) and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink(missing_ok=True)
 
 
 def find_our_server(qemu: PeerCredentials) -> Path | None:
@@ -96,6 +112,9 @@ async def start_server(client: QmpClient, qemu: PeerCredentials, runtime_dir: Pa
     if left is not None:
         return left
     path = socket_path(runtime_dir, pair, qemu)
+    # What cannot be removed is in nobody's way.
+    with contextlib.suppress(OSError):
+        await trio.to_thread.run_sync(remove_dead, runtime_dir, pair)
     try:
         await client.execute(commands.nbd_server_start(str(path)))
     except CommandFailed as error:
