@@ -126,6 +126,9 @@ async def open_qmp(path: Path, *, timeout: float = 10.0) -> AsyncIterator[Qmp]:
     async with stream:
         qmp = Qmp(stream)
         with _deadline(timeout, f"the connection to {path}"):
-            qmp.greeting = (await qmp._receive())["QMP"]
+            # what was meant for the client before us may come first
+            while "QMP" not in (message := await qmp._receive()):
+                pass
+            qmp.greeting = message["QMP"]
         await qmp.execute("qmp_capabilities", timeout=timeout)
         yield qmp

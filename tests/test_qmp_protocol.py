@@ -75,6 +75,22 @@ def test_greeting_tells_version_and_package() -> None:
     assert session.next_event() == Greeting((7, 2, 22), "fake", 0)
 
 
+def test_what_was_meant_for_the_connection_before_may_come_before_the_greeting() -> None:
+    session = QmpSession("me")
+    strays = (
+        {"event": "STOP", "timestamp": {}},
+        {"return": {}, "id": "you.7"},
+        {"id": "you.8", "error": {"class": "GenericError", "desc": "no"}},
+    )
+    for number, stray in enumerate(strays, 1):
+        session.receive_data(line(stray))
+        assert session.next_event() is NEED_DATA
+        assert session.strays == number
+    session.receive_data(line(GREETING))
+    assert session.next_event() == Greeting((7, 2, 22), "fake", len(strays))
+    session.send_command(commands.query_status())
+
+
 def test_replies_and_events_come_in_the_order_of_the_wire() -> None:
     session = opened()
     session.receive_data(conversation(session))

@@ -215,8 +215,10 @@ class _Qmp:
 
     def _greet(self) -> None:
         # While somebody else is connected QEMU leaves us waiting for the greeting: keep the place in the queue.
-        if "QMP" not in self._line(None):
-            raise ValueError("no QMP greeting")
+        # An event, or the reply to a command of the controller that died, may still come before it.
+        while "QMP" not in (message := self._line(None)):
+            if not message.keys() & {"event", "return", "error"}:
+                raise ValueError("no QMP greeting")
         self.execute("qmp_capabilities")
 
     def execute(self, name: str) -> Any:
@@ -224,6 +226,8 @@ class _Qmp:
         self._socket.sendall(json.dumps({"execute": name, "id": name}).encode() + b"\r\n")
         while True:
             message = self._line(_REPLY_LIMIT)
+            if message.get("id") != name:
+                continue
             if "error" in message:
                 raise ValueError(f"{name}: {message['error'].get('desc')}")
             if "return" in message:

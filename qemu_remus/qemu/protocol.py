@@ -87,6 +87,9 @@ class NeedData(Enum):
 NEED_DATA: Final = NeedData.NEED_DATA
 """No complete message is buffered."""
 
+_LATER: Final = frozenset({"event", "return", "error"})
+"""Members by which messages are known that come after the greeting."""
+
 Received = Greeting | Reply | ErrorReply | Event
 
 
@@ -94,7 +97,8 @@ class QmpSession:
     """One connection's protocol state.
 
     :param id_prefix: begins every command's id.  QEMU may answer a command of the connection before ours on our
-        connection, so it must differ between connections; replies with other ids are counted and dropped.
+        connection, even before it greets us, so it must differ between connections; replies with other ids are counted
+        and dropped.
     """
 
     def __init__(self, id_prefix: str, *, max_message: int = MAX_MESSAGE) -> None:
@@ -108,7 +112,7 @@ class QmpSession:
         self._next_id = 1
         self._next_order = 0
         self.strays = 0
-        """Replies dropped because they answer somebody else's command."""
+        """Replies dropped because they answer somebody else's command, and all that came before the greeting."""
 
     @property
     def outstanding(self) -> int:
@@ -201,6 +205,10 @@ class QmpSession:
         order = self._next_order
         self._next_order += 1
         if self._state is Runstate.CONNECTING:
+            # QEMU answers from another thread than it accepts in: what was meant for our predecessor may come first.
+            if message.keys() & _LATER:
+                self.strays += 1
+                return None
             greeting = _greeting(message, order)
             self._state = Runstate.RUNNING
             return greeting

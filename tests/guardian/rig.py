@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from qemu_remus.core.model import PairName
 from qemu_remus.qemu import guardian
@@ -29,6 +30,15 @@ PATIENCE = 8.0
 """Seconds of silence that are too long, where the clock is the test's."""
 
 PAIR = PairName("web")
+
+
+STRAYS = (
+    b'{"event": "X", "timestamp": {"seconds": 0, "microseconds": 0}}\r\n'
+    b'{"return": {"status": "a predecessor\'s"}, "id": "old.1"}\r\n'
+    b'{"id": "old.2", "error": {"class": "GenericError", "desc": "a predecessor\'s"}}\r\n'
+)
+"""What may come at any time: QEMU sends events when it likes, and answers the client before us on our connection, even
+before it greets us."""
 
 
 class FakeQmp:
@@ -59,27 +69,27 @@ class FakeQmp:
             except OSError:
                 return
             self.connections += 1
-            with client, client.makefile("rb") as lines, suppress(BrokenPipeError):  # it may have given up waiting
-                client.sendall(b'{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}\r\n')
+            with client, client.makefile("rb") as lines, suppress(ConnectionError):  # it may have given up waiting
+                client.sendall(STRAYS + b'{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}\r\n')
                 for line in lines:
-                    reply = self._answer(json.loads(line)["execute"])
+                    command = json.loads(line)
+                    reply = self._answer(command["execute"])
                     if reply is None:
                         break
-                    # Real QEMUs send events whenever they like.
-                    client.sendall(b'{"event": "X", "timestamp": {"seconds": 0, "microseconds": 0}}\r\n' + reply)
+                    client.sendall(STRAYS + json.dumps(reply | {"id": command["id"]}).encode() + b"\r\n")
 
-    def _answer(self, name: str) -> bytes | None:
+    def _answer(self, name: str) -> dict[str, Any] | None:
         self.commands.append(name)
         if name == "query-status":
-            return json.dumps({"return": {"status": self.status, "running": self.status == "running"}}).encode() + b"\n"
+            return {"return": {"status": self.status, "running": self.status == "running"}}
         if name == "cont":
             if self._drops:
                 self._drops -= 1
                 return None
             if self._refuse:
-                return b'{"error": {"class": "GenericError", "desc": "not now"}}\n'
+                return {"error": {"class": "GenericError", "desc": "not now"}}
             self.status = "running"
-        return b'{"return": {}}\n'
+        return {"return": {}}
 
 
 @contextmanager
