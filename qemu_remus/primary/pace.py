@@ -5,6 +5,7 @@ It owns the arithmetic and the waiting.  What may not enter: what is sent, and w
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import trio
@@ -33,14 +34,23 @@ class Pace:
 
         :param count: bytes, not negative.
         """
+        due = self.take(count)
         if self._rate is None:
             await trio.lowlevel.checkpoint()
             return
-        takes = count / self._rate
-        # All that was allowed so far will be used up at this time.
-        self._due = max(self._due, trio.current_time() - BURST_SECONDS) + takes
         try:
-            await trio.sleep_until(self._due)
+            await trio.sleep_until(due)
         except trio.Cancelled:
-            self._due -= takes
+            self._due -= count / self._rate
             raise
+
+    def take(self, count: int) -> float:
+        """Spend ``count`` bytes for good, and wait elsewhere, as often as may be.
+
+        :return: when they may go, in trio's time; with no bytes, when all those before may.
+        """
+        if self._rate is None:
+            return -math.inf
+        # All that was allowed so far will be used up at this time.
+        self._due = max(self._due, trio.current_time() - BURST_SECONDS) + count / self._rate
+        return self._due

@@ -83,9 +83,10 @@ class VerifyDesk:
             self._wanted = trio.Event()
             self._timer = trio.CancelScope()
             with self._timer:
-                await trio.sleep_until(self._not_before)
-                await self._pace.spend(self._verifier.read_bytes)
+                # Taken once: each epoch that ends begins the wait anew, and a long one must come to its end too.
+                due = self._pace.take(self._verifier.read_bytes)
                 self._verifier.read_bytes = 0
+                await trio.sleep_until(max(self._not_before, due))
                 await self._post(machine.VerifyDue())
 
     async def _verify(self, arguments: VerifyArguments) -> VerifyStarted:
