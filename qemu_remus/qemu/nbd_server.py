@@ -27,7 +27,7 @@ from qemu_remus.qemu import commands
 from qemu_remus.qemu.client import PeerCredentials, QmpClient
 from qemu_remus.qemu.nodes import foreign_exports
 
-_NAME: Final = re.compile(r"qemu-remus-nbd-[0-9a-f]{8}-[0-9]+\.sock\Z")
+_NAME: Final = re.compile(r"qemu-remus-nbd-[0-9a-f]{8}-([0-9]+)\.sock\Z")
 _PATH_LIMIT: Final = 107
 """Bytes of a Unix socket's path, by unix(7)."""
 
@@ -80,11 +80,17 @@ def _listener(path: Path) -> int | None:
 def remove_dead(runtime_dir: Path, pair: PairName) -> None:
     """Remove the sockets on which QEMUs of this pair have listened that were killed, and so have not removed them."""
     for path in runtime_dir.glob(f"{_prefix(pair)}*.sock"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            # A server that is only busy is another error.
-            if path.is_socket() and _NAME.match(path.name) and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
-                path.unlink(missing_ok=True)
+        named = _NAME.match(path.name)
+        # One that lives may have made its socket, and be about to listen on it.
+        if named and path.is_socket() and not Path("/proc", named[1]).exists() and _refuses(path):
+            path.unlink(missing_ok=True)
+
+
+def _refuses(path: Path) -> bool:
+    """Whether nobody listens on a Unix socket; a server that is only busy is another error."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
 
 
 def find_our_server(qemu: PeerCredentials) -> Path | None:
